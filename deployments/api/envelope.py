@@ -1,0 +1,76 @@
+"""Errors in OpenAI's envelope, and the headers that go with every answer."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+
+import orjson
+from starlette.responses import Response
+
+from governance.errors import GatehouseError, Unauthenticated
+from governance.types import Turn
+
+REQUEST_ID = "x-request-id"
+DECISION_ID = "x-gatehouse-decision-id"
+MODEL = "x-gatehouse-model"
+MODEL_VERSION = "x-gatehouse-model-version"
+ENGINE_VERSION = "x-gatehouse-engine-version"
+ROUTE_REASON = "x-gatehouse-route-reason"
+RULES = "x-gatehouse-rules"
+
+_CHALLENGE = 'Bearer realm="gatehouse"'
+
+
+def new_id(prefix: str) -> str:
+    """A fresh identifier: ``prefix_`` and 128 random bits in hex."""
+    return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def error_body(error: GatehouseError, request_id: str, decision_id: str = "") -> bytes:
+    """The JSON envelope of an error; the same in a body and in an error event of a stream."""
+    detail: dict[str, object] = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    if error.rule_ids:
+        detail["rule_ids"] = list(error.rule_ids)
+        detail["decision_id"] = decision_id
+    return orjson.dumps({"error": detail})
+
+
+def error_response(error: GatehouseError, request_id: str, decision_id: str = "") -> Response:
+    """The HTTP answer to an error."""
+    headers = {REQUEST_ID: request_id}
+    if decision_id:
+        headers[DECISION_ID] = decision_id
+    if isinstance(error, Unauthenticated):
+        # RFC 6750 section 3.1: name the error only where a credential was sent.
+        sent = error.code != "missing_credential"
+        headers["www-authenticate"] = _CHALLENGE + (', error="invalid_token"' if sent else "")
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, error.retry_after_s))
+    return Response(
+        error_body(error, request_id, decision_id),
+        status_code=error.status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+def turn_headers(turn: Turn) -> Mapping[str, str]:
+    """What a client may know of how its request was decided and served."""
+    headers = {REQUEST_ID: turn.request_id, DECISION_ID: turn.decision_id}
+    if turn.route is not None:
+        headers[MODEL] = turn.route.model.id
+        headers[ROUTE_REASON] = turn.route.reason
+    if turn.model_version:
+        headers[MODEL_VERSION] = turn.model_version
+    if turn.engine_version:
+        headers[ENGINE_VERSION] = turn.engine_version
+    if turn.decision is not None:
+        headers[RULES] = ",".join(turn.decision.rule_ids)
+    return headers

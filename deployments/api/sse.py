@@ -1,0 +1,75 @@
+"""Server-sent events on bare ASGI: one message a chunk, no per-chunk tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+
+from starlette.types import Message, Receive, Send
+
+from governance.gateway import GatewayEvent
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: bytes) -> bytes:
+    """One event with a JSON payload."""
+    return b"data: " + payload + b"\n\n"
+
+
+async def start(send: Send, headers: Mapping[str, str]) -> None:
+    """Send the head of an event stream."""
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    raw += [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def write(send: Send, data: bytes) -> None:
+    """Send events."""
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def end(send: Send, data: bytes = b"") -> None:
+    """Send the last events and close the body."""
+    await send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+class DisconnectWatch:
+    """Cancels the task that serves a request when its client goes.
+
+    Started once the body is received (two readers of one ASGI channel would steal from each
+    other), so a hang-up is noticed while waiting for an engine as well as in mid-answer.
+    Starlette starts a task group per response for this; one watcher task does.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+        self.gone = False
+
+    def start(self) -> None:
+        """Watch on behalf of the current task."""
+        serving = asyncio.current_task()
+        if serving is None:
+            raise RuntimeError("a disconnect watch needs a task to cancel")
+        self._watcher = asyncio.create_task(self._watch(serving))
+
+    def stop(self) -> None:
+        """Stop watching; the answer is complete."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _watch(self, serving: asyncio.Task[object]) -> None:
+        message: Message = {"type": "http.request"}
+        while message["type"] != "http.disconnect":
+            message = await self._receive()
+        self.gone = True
+        serving.cancel()
+
+
+Events = AsyncGenerator[GatewayEvent, None]
+"""What a handler consumes: the rest of a gateway exchange."""

@@ -1,0 +1,183 @@
+"""What runs: the ``args`` of the application in ``serve_config*.yaml``.
+
+What is *allowed* lives in ``config/*.yaml``; secrets and roots come from the environment and
+mounted files (``deployments.settings``). A bad value refuses to start with its place and reason.
+"""
+
+# NOTE: no ``from __future__ import annotations`` here: Serve looks the builder's argument type up
+# at run time to validate ``args``.
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from governance.types import ModelInfo, Operation
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and a name that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterConfig(Section):
+    """A LoRA adapter served beside its base model, under an id of its own."""
+
+    id: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+    """Public model id."""
+    source: str = Field(min_length=1)
+    """Directory with ``adapter_config.json``, or a hub id."""
+    max_rank: int = Field(default=16, ge=1, le=512)
+    """Largest rank of the adapter."""
+
+
+class AcceleratorConfig(Section):
+    """Where one replica of a model runs."""
+
+    kind: Literal["cpu", "gpu"] = "gpu"
+    """``cpu`` needs the CPU build of vLLM."""
+    type: str | None = None
+    """Ray accelerator type, such as ``H100`` or ``L4``; ``None`` takes any GPU."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """GPUs that one layer is split over."""
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
+    """Groups of layers that are placed apart."""
+    cpus: float = Field(default=1.0, ge=0.0)
+    """CPUs reserved for the replica actor."""
+
+    @model_validator(mode="after")
+    def _cpu_is_single(self) -> "AcceleratorConfig":
+        if self.kind == "cpu" and (self.type or self.tensor_parallel * self.pipeline_parallel > 1):
+            raise ValueError("kind: cpu takes neither a type nor tensor or pipeline parallelism")
+        return self
+
+
+class ReplicasConfig(Section):
+    """How many replicas a deployment has."""
+
+    min: int = Field(default=1, ge=0)
+    """Replicas kept when idle."""
+    max: int = Field(default=1, ge=1)
+    """Replicas at most."""
+    target_load: int = Field(default=16, ge=1)
+    """Requests running or waiting per replica that autoscaling aims at."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ReplicasConfig":
+        if self.min > self.max:
+            raise ValueError("replicas.min is greater than replicas.max")
+        return self
+
+
+class ModelConfig(Section):
+    """One model: its weights, where it runs, and how vLLM is set up for it."""
+
+    id: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+    """Public model id, the ``model`` of a request."""
+    tier: Literal["small", "large", "embedding"]
+    """Tier that policies and the router speak of."""
+    source: str = Field(min_length=1)
+    """Directory of a checkpoint, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Commit of a hub repository; required for a hub id so that a restart cannot change weights."""
+    operations: tuple[Operation, ...] = (Operation.CHAT, Operation.COMPLETIONS)
+    """What it answers."""
+    context_tokens: int = Field(ge=16)
+    """Longest prompt plus answer, in tokens (vLLM's ``max_model_len``)."""
+    accelerator: AcceleratorConfig = AcceleratorConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    max_in_flight: int = Field(default=256, ge=1)
+    """Requests that one replica takes at once; the rest is told to come back."""
+    adapters: tuple[AdapterConfig, ...] = ()
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, passed unchanged."""
+
+    @field_validator("engine")
+    @classmethod
+    def _ours_alone(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that other fields set may not be set twice."""
+        taken = {
+            "model",
+            "served_model_name",
+            "revision",
+            "max_model_len",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "enable_lora",
+            "lora_modules",
+            "max_lora_rank",
+        } & engine.keys()
+        if taken:
+            raise ValueError(f"set by other fields, not here: {', '.join(sorted(taken))}")
+        return engine
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether ``source`` is a hub id and not a directory."""
+        return not (self.source.startswith((".", "/", "~")) or Path(self.source).is_dir())
+
+    def infos(self) -> tuple[ModelInfo, ...]:
+        """The ids this model serves: itself first, then its adapters."""
+        return tuple(
+            ModelInfo(
+                id=served,
+                tier=self.tier,
+                operations=frozenset(self.operations),
+                context_tokens=self.context_tokens,
+                base=self.id,
+            )
+            for served in (self.id, *(adapter.id for adapter in self.adapters))
+        )
+
+
+class GatewayConfig(Section):
+    """The HTTP side."""
+
+    replicas: ReplicasConfig = ReplicasConfig()
+    cpus: float = Field(default=1.0, ge=0.0)
+    """CPUs reserved for each gateway replica."""
+    max_ongoing_requests: int = Field(default=512, ge=1)
+    """Requests one gateway replica works on at once."""
+    max_queued_requests: int = Field(default=256, ge=0)
+    """Requests waiting in front of the gateways before they are refused with 503."""
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, le=64 << 20)
+    """Largest request body."""
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    """Time a client has to send its body."""
+    start_timeout_s: float = Field(default=30.0, gt=0)
+    """Time an engine has to take a request."""
+    chunk_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest silence of an engine in mid-answer."""
+    max_answer_tokens: int = Field(default=4096, ge=1)
+    """Answer tokens per choice where neither client nor policy sets a bound."""
+    data_plane: Literal["socket", "handle"] = "socket"
+    """``socket``: own pooled connections; ``handle``: Serve handles, the slower reference."""
+
+
+class AppConfig(Section):
+    """Argument of ``deployments.app:build_app``."""
+
+    mode: Literal["cluster", "local"] = "cluster"
+    """``local`` allows the development identity provider and plain HTTP on loopback."""
+    identity: str = "config/identity.yaml"
+    """Path of the identity file."""
+    policy: str = "config/policy.yaml"
+    """Path of the policy file."""
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    gateway: GatewayConfig = GatewayConfig()
+
+    @model_validator(mode="after")
+    def _unique_ids(self) -> "AppConfig":
+        seen: set[str] = set()
+        for info in self.model_infos():
+            if info.id in seen:
+                raise ValueError(f"model id {info.id!r} is used twice")
+            seen.add(info.id)
+        for model in self.models:
+            if self.mode == "cluster" and model.is_hub and model.revision is None:
+                raise ValueError(f"model {model.id!r}: pin a revision (commit) of {model.source!r}")
+        return self
+
+    def model_infos(self) -> tuple[ModelInfo, ...]:
+        """All served ids, adapters included, in file order."""
+        return tuple(info for model in self.models for info in model.infos())

@@ -1,0 +1,82 @@
+"""Stages that are not configured: real, documented, and open about doing nothing.
+
+Each says at start what it leaves undone (``announce``), so that nobody takes a platform without a
+ledger for one with a generous budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from governance.types import (
+    EngineChunk,
+    InferenceRequest,
+    Inspection,
+    ModelInfo,
+    Reservation,
+    Route,
+    TextLeaf,
+    Turn,
+)
+
+
+class NullInspector:
+    """Releases everything unseen; reports ``inspector="none"`` and zero inspected bytes."""
+
+    name = "none"
+    announce = "inspection: off - prompts and answers are not inspected"
+
+    async def inspect_input(self, leaves: Iterable[TextLeaf]) -> Inspection:
+        """Look at nothing; ``leaves`` is lazy and stays unread."""
+        return Inspection(inspector=self.name)
+
+    def open_output(self, turn: Turn) -> NullOutputInspection:
+        """Give an output stage that passes chunks through."""
+        return NullOutputInspection()
+
+
+class NullOutputInspection:
+    """Passes each chunk through unchanged."""
+
+    def feed(self, chunk: EngineChunk) -> EngineChunk | None:
+        """Release the chunk at once."""
+        return chunk
+
+    def finish(self) -> tuple[EngineChunk | None, Inspection]:
+        """Nothing is held back."""
+        return None, Inspection(inspector=NullInspector.name)
+
+
+class FixedRouter:
+    """Sends a request to the model it names; there is no ``auto``."""
+
+    announce = "routing: by name - 'auto' is not offered, callers name their model"
+
+    async def route(self, request: InferenceRequest, permitted: Sequence[ModelInfo]) -> Route:
+        """Pick the only permitted model: the one the caller named."""
+        return Route(model=permitted[0], reason="named")
+
+
+class NullLedger:
+    """Reserves nothing and settles nothing: departments have no budgets."""
+
+    announce = "budgets: off - GPU time is neither measured nor limited per department"
+
+    async def reserve(self, turn: Turn) -> Reservation:
+        """Give a reservation without an account; its id still ties the engine's work to the turn."""
+        return Reservation(id=turn.request_id)
+
+    async def settle(self, turn: Turn) -> None:
+        """Nothing was held."""
+
+
+class NullAudit:
+    """Keeps no record: requests leave no durable trace."""
+
+    announce = "audit: off - requests are served without a durable record"
+
+    async def decided(self, turn: Turn) -> None:
+        """Record nothing."""
+
+    async def completed(self, turn: Turn) -> None:
+        """Record nothing."""

@@ -1,0 +1,303 @@
+"""The values that travel along the request path.
+
+Every stage takes values of this module and returns a frozen one. Units are suffixes: ``_us``
+microseconds, ``_tokens`` tokens, ``_bytes`` bytes. Nothing here does I/O or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Operation(StrEnum):
+    """What a caller asks of a model. The policy names operations by these values."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
+
+
+class PrincipalKind(StrEnum):
+    """Who stands behind a credential."""
+
+    USER = "user"
+    """A person, through a delegated OIDC access token."""
+    SERVICE = "service"
+    """An application with a token of its own (client credentials)."""
+    KEY = "key"
+    """An application with a service key issued by Gatehouse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """An authenticated caller.
+
+    Built by ``governance.identity`` only, from a verified credential; never from a header or a
+    field of the body.
+    """
+
+    kind: PrincipalKind
+    subject: str
+    """Stable identifier within the issuer: ``sub``, ``tid/oid`` for Entra, key id for a key."""
+    issuer: str
+    """Configured name of the issuer (not its URL); ``gatehouse`` for service keys."""
+    department: str
+    roles: frozenset[str]
+    key: str
+    """Pseudonym: HMAC-SHA256 in hex over the length-prefixed (issuer, tenant, subject)."""
+    tenant_id: str | None = None
+    client_id: str | None = None
+    key_id: str | None = None
+    """Id of the service key, or ``kid`` of the signing key for a token."""
+    token_id: str | None = None
+    """``jti`` (or ``uti`` for Entra) of the token."""
+    token_hash: str | None = None
+    """SHA-256 in hex of the presented credential; lets one token be revoked and found again."""
+    issued_at_us: int = 0
+    expires_at_us: int = 0
+    models: frozenset[str] | None = None
+    """Models that the credential itself is limited to; ``None`` means no limit of its own."""
+    operations: frozenset[str] | None = None
+    """Operations that the credential itself is limited to; ``None`` means no limit of its own."""
+    groups_overage: bool = False
+    """The issuer left groups out because there were too many; group-derived roles were denied."""
+
+
+class Effect(StrEnum):
+    """What the policy does with a request; strictest first."""
+
+    BLOCK = "block"
+    REQUIRE_APPROVAL = "require_approval"
+    REROUTE = "reroute"
+    REDACT = "redact"
+    ALLOW = "allow"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that an allowing decision carries; ``None`` means that no rule set this bound."""
+
+    max_tokens: int | None = None
+    """Most tokens that one request may generate, over all its choices."""
+    context_tokens: int | None = None
+    """Most tokens of prompt and answer together."""
+    requests_per_minute: int | None = None
+    parallel_requests: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Outcome of the policy for one (principal, model, operation); always explained."""
+
+    effect: Effect
+    rule_ids: tuple[str, ...]
+    """Rules responsible, in file order; empty only for default deny."""
+    policy_digest: str
+    """SHA-256 in hex of the canonical policy that decided."""
+    limits: Limits = Limits()
+    priority_class: str = "standard"
+    """``critical``, ``standard`` or ``batch``."""
+    message: str | None = None
+    """Text of the responsible rule for the caller, where it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """A validated request: what governance reads, and the body that may be forwarded."""
+
+    operation: Operation
+    model: str
+    body: Mapping[str, Any]
+    """Allow-listed fields only, as the client sent them; treat as read-only."""
+    stream: bool
+    include_usage: bool
+    """The client asked for the usage event of a stream."""
+    max_tokens: int | None
+    """Answer tokens asked for per choice; ``None`` when the client left it to the server."""
+    choices: int = 1
+    body_bytes: int = 0
+
+
+class Surface(StrEnum):
+    """Where in a request a text came from; each finding names one."""
+
+    SYSTEM = "system"
+    PROMPT = "prompt"
+    ASSISTANT = "assistant"
+    UPLOAD = "upload"
+    RETRIEVAL = "retrieval"
+    TOOL_DEFINITION = "tool_definition"
+    TOOL_CALL = "tool_call"
+    TOOL_OUTPUT = "tool_output"
+    SCHEMA = "schema"
+    METADATA = "metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class TextLeaf:
+    """One string of a request with its place: ``path`` is a JSON Pointer (RFC 6901)."""
+
+    path: str
+    surface: Surface
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something a detector saw."""
+
+    category: str
+    severity: str
+    detector: str
+    path: str
+    surface: Surface
+    score_milli: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What inspection of one direction amounted to."""
+
+    inspector: str
+    """Name of the inspector; ``none`` when inspection is not configured."""
+    findings: tuple[Finding, ...] = ()
+    inspected_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model as the rest of the platform sees it."""
+
+    id: str
+    tier: str
+    """``small``, ``large`` or ``embedding``."""
+    operations: frozenset[Operation]
+    context_tokens: int
+    """Longest prompt plus answer, in tokens."""
+    base: str
+    """Model whose engine serves it: its own id, or the base model of a LoRA adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which model answers, and why."""
+
+    model: ModelInfo
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A hold on an account; ``account`` is ``None`` while no ledger is configured."""
+
+    id: str
+    account: str | None = None
+    reserved_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one exchange, over all its choices. ``prompt_tokens`` includes cached ones."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt plus completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One request on its way to an engine, as decided; everything a ticket binds is here."""
+
+    request_id: str
+    decision_id: str
+    model: str
+    """Model or adapter id, as the engine serves it."""
+    base_model: str
+    operation: Operation
+    body: bytes
+    """Exactly the bytes forwarded (JSON); the ticket carries their SHA-256."""
+    principal_key: str
+    department: str
+    priority: int
+    """vLLM priority: lower is served earlier."""
+    max_tokens: int
+    reservation_id: str
+    affinity: str | None = None
+    """Key of the conversation or shared prefix; equal keys prefer the same replica."""
+    context_tokens: int | None = None
+    """Most tokens of prompt and answer that policy allows; the engine, which counts, enforces it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """First event of an exchange: an engine has taken the request."""
+
+    replica_id: str
+    model_version: str
+    """``sha256:<hex>`` digest of the weights actually loaded (base, then adapter if any)."""
+    engine_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChunk:
+    """One or more complete server-sent events (``data: {...}\\n\\n`` each), or the JSON body of
+    an embeddings answer. Never ``[DONE]``, never an error, never the usage event."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFinished:
+    """Last event of a successful exchange."""
+
+    usage: Usage
+    usage_event: bytes = b""
+    """The engine's own usage event, for streams whose client asked for it."""
+
+
+EngineEvent = EngineStarted | EngineChunk | EngineFinished
+
+
+class Outcome(StrEnum):
+    """How a turn ended."""
+
+    COMPLETED = "completed"
+    REFUSED = "refused"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True)
+class Turn:
+    """Accumulates what each stage found; becomes the audit record. The one mutable value."""
+
+    request_id: str
+    decision_id: str
+    started_us: int
+    operation: Operation
+    principal: Principal | None = None
+    request: InferenceRequest | None = None
+    input_inspection: Inspection | None = None
+    decision: Decision | None = None
+    route: Route | None = None
+    reservation: Reservation | None = None
+    replica_id: str | None = None
+    model_version: str | None = None
+    engine_version: str | None = None
+    output_inspection: Inspection | None = None
+    usage: Usage | None = None
+    outcome: Outcome | None = None
+    error_code: str | None = None
+    status: int = 0
+    first_chunk_us: int = 0
+    ended_us: int = 0
+    sent_bytes: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
