@@ -54,7 +54,7 @@ class GatehouseError(Exception):
     """
 
     status = 500
-    code = "internal_error"
+    code = "error"
     type = "server_error"
 
     def __init__(
@@ -227,6 +227,8 @@ class ClientClosed(GatehouseError):
 
 class InternalError(GatehouseError):
     """Something went wrong on our side; the request id helps to find out what."""
+
+    code = "internal_error"
 
 
 class EngineFailed(InternalError):
