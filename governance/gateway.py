@@ -199,7 +199,7 @@ class Gateway:
         decision = self.policy.decide(principal, model, request.operation.value)
         self._enforce(decision)
         most = decision.limits.max_tokens
-        asked = (request.max_tokens or 0) * request.choices
+        asked = (request.max_tokens or 1) * request.choices
         if most is not None and asked > most:
             raise LimitExceeded(
                 f"The request asks for {asked} answer tokens; at most {most} are allowed to you "
