@@ -181,7 +181,7 @@ async def test_policy_bounds_what_the_client_left_open() -> None:
         ({"token": "intern", "operation": Operation.COMPLETIONS, "prompt": "x"}, BlockedByPolicy),
         ({"max_tokens": 101}, LimitExceeded),
         ({"max_tokens": 51, "n": 2}, LimitExceeded),
-        ({"operation": Operation.COMPLETIONS, "prompt": ["x"] * 101}, LimitExceeded),
+        ({"operation": Operation.COMPLETIONS, "prompt": ["x"] * 13, "n": 8}, LimitExceeded),
         ({"raw": b"{"}, GatehouseError),
         ({"operation": Operation.EMBEDDINGS, "input": "x"}, InvalidRequest),
     ],
