@@ -113,7 +113,6 @@ class AdminApi:
         control: The control plane.
         authorize: Raises ``NotPermitted`` unless a principal has the named permission.
         clock: Wall clock, to show whether a key is active; ``None`` for the system's.
-
     """
 
     def __init__(

@@ -122,7 +122,6 @@ def parse(model: type[_Model], body: Json) -> _Model:
     Raises:
         InvalidRequest: A field is missing or not valid; names the field, never repeats its value.
         UnsupportedField: A field is not known.
-
     """
     try:
         # As JSON again: strict validation of Python values takes no list for a tuple.

@@ -68,7 +68,7 @@ _GENERATION: Schema = {
 
 
 def _body(properties: Schema, required: list[str]) -> Schema:
-    schema = {"type": "object", "properties": properties, "required": required}
+    schema: Schema = {"type": "object", "properties": properties, "required": required}
     schema["additionalProperties"] = False
     return {
         "security": [{"bearer": []}],

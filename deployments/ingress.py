@@ -1,0 +1,173 @@
+"""``GatewayIngress``: the Serve deployment in front. Takes handles, builds the ``Gateway``.
+
+The HTTP app is built inside the replica (a pickled FastAPI app breaks on locks in its
+middleware), so Serve calls ``__serve_build_asgi_app__`` after construction. Holds no decision.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from deployments import __version__
+from deployments.api.admin import AdminApi
+from deployments.api.app import create_app
+from deployments.api.completions import BodyLimits
+from deployments.config import AppConfig
+from deployments.control_actor import ControlClient
+from deployments.data_plane.client import DataPlaneEngine
+from deployments.data_plane.handle_engine import HandleEngine
+from deployments.data_plane.tickets import TicketSigner
+from deployments.data_plane.tls import client_context
+from deployments.jwks_fetch import JwksFetcher
+from governance.admission.limits import RateLimiter
+from governance.control.snapshot import ControlSnapshot, GatewayIdentity
+from governance.errors import NotPermitted
+from governance.gateway import Gateway
+from governance.identity.authenticator import BearerAuthenticator
+from governance.identity.config import IdentityConfig
+from governance.identity.service_keys import ServiceKeyChecker
+from governance.nulls import FixedRouter, NullAudit, NullInspector, NullLedger
+from governance.policy.engine import CompiledPolicy
+from governance.policy.model import PolicyConfig
+from governance.types import Principal
+
+log = logging.getLogger("gatehouse.ingress")
+
+CONTROL_TIMEOUT_S = 60.0
+"""Time that the control plane has to give a starting gateway its first copy."""
+
+
+def now_us() -> int:
+    """Wall clock in microseconds."""
+    return time.time_ns() // 1000
+
+
+class GatewayIngress:
+    """One gateway replica: a process that identifies, decides and streams."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: dict[str, Any],
+        identity: dict[str, Any],
+        policy: dict[str, Any],
+        state_dir: str,
+        engine_handles: dict[str, Any] | None = None,
+    ) -> None:
+        """Wire the gateway.
+
+        Args:
+            config: Dump of ``AppConfig``.
+            identity: Dump of ``IdentityConfig``; validated where the application was built, so
+                that every replica runs the same rules and needs no file.
+            policy: Dump of ``PolicyConfig``; likewise.
+            state_dir: State root, for the control plane's storage when this replica is first.
+            engine_handles: Serve handles by base model, for ``data_plane: handle``.
+        """
+        self.config = AppConfig.model_validate(config)
+        self.started_s = int(time.time())
+        self.control = ControlClient(state_dir)
+        key = Ed25519PrivateKey.generate()
+        public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self.gateway_id = f"gw-{public.hex()[:16]}"
+        await self.control.start(GatewayIdentity(self.gateway_id, public))
+        await self.control.ready(CONTROL_TIMEOUT_S)
+        signer = TicketSigner(self.gateway_id, key, now_us)
+        self.engine = self._build_engine(signer, engine_handles or {})
+        self.policy = CompiledPolicy(PolicyConfig.model_validate(policy), self.config.model_infos())
+        self.gateway = self._build_gateway(
+            IdentityConfig.model_validate(identity), await self.control.pepper()
+        )
+        for stage in (
+            self.gateway.inspector,
+            self.gateway.router,
+            self.gateway.ledger,
+            self.gateway.audit,
+        ):
+            if announce := getattr(stage, "announce", None):
+                log.warning(announce)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Build the HTTP application around the gateway."""
+        limits = self.config.gateway
+        return create_app(
+            self.gateway,
+            AdminApi(self.control, self._authorize),
+            BodyLimits(limits.max_body_bytes, limits.body_timeout_s),
+            ready=self._ready,
+            created_s=self.started_s,
+            version=__version__,
+        )
+
+    async def __del__(self) -> None:
+        """Finish what is being settled, then leave the control plane."""
+        await self.gateway.drain()
+        await self.engine.close()
+        await self.control.stop()
+
+    def _ready(self) -> dict[str, bool]:
+        models = {f"model {m.id}": self.engine.ready(m.id) for m in self.config.models}
+        return {"control plane": self.control.age_s() < 10, **models}
+
+    def _authorize(self, principal: Principal, permission: str) -> None:
+        if not self.policy.permits(principal, permission):
+            raise NotPermitted(f"This needs the permission {permission!r}.")
+
+    def _build_engine(
+        self, signer: TicketSigner, handles: dict[str, Any]
+    ) -> DataPlaneEngine | HandleEngine:
+        limits = self.config.gateway
+        if limits.data_plane == "handle":
+            return HandleEngine(
+                handles,
+                signer,
+                start_timeout_s=limits.start_timeout_s,
+                chunk_timeout_s=limits.chunk_timeout_s,
+            )
+        engine = DataPlaneEngine(
+            signer,
+            tls=client_context(os.environ),
+            start_timeout_s=limits.start_timeout_s,
+            chunk_timeout_s=limits.chunk_timeout_s,
+            max_in_flight={m.id: m.max_in_flight for m in self.config.models},
+        )
+        self.control.on_change(lambda snapshot: engine.update(snapshot.replicas))
+        return engine
+
+    def _build_gateway(self, identity: IdentityConfig, pepper: bytes) -> Gateway:
+        local = self.config.mode == "local"
+
+        def snapshot() -> ControlSnapshot:
+            return self.control.snapshot
+
+        return Gateway(
+            models=self.config.model_infos(),
+            authenticator=BearerAuthenticator(
+                identity,
+                fetch=JwksFetcher(allow_loopback_http=local),
+                pepper=pepper,
+                service_keys=ServiceKeyChecker(
+                    snapshot, self.control.age_s, pepper, now_us, self.control.note_key_used
+                ),
+                revocations=lambda: snapshot().revocations,
+                clock=now_us,
+                monotonic=time.monotonic,
+                allow_loopback_http=local,
+            ),
+            policy=self.policy,
+            limiter=RateLimiter(
+                time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))
+            ),
+            inspector=NullInspector(),
+            router=FixedRouter(),
+            ledger=NullLedger(),
+            audit=NullAudit(),
+            engine=self.engine,
+            clock=now_us,
+            max_answer_tokens=self.config.gateway.max_answer_tokens,
+        )

@@ -1,0 +1,136 @@
+"""A credential in, a principal out: tokens and service keys, with revocation on every use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from governance.control.snapshot import Revocations
+from governance.errors import (
+    ExpiredCredential,
+    MissingCredential,
+    RevokedCredential,
+    Unauthenticated,
+)
+from governance.identity.claims import principal_of
+from governance.identity.config import IdentityConfig
+from governance.identity.jwks import Fetch, KeySet
+from governance.identity.service_keys import is_service_key
+from governance.identity.verifier import LEEWAY_S, MAX_TOKEN_BYTES, TokenVerifier
+from governance.ports import Clock
+from governance.types import Principal
+
+CACHE_S = 60
+"""A verified token is believed without a new signature check for this long, in seconds. Key
+rotation is noticed within it; revocation and expiry at once."""
+MAX_CACHED = 10_000
+
+
+class KeyChecker(Protocol):
+    """Turns a service key into a principal (``governance.identity.service_keys``)."""
+
+    def check(self, presented: str) -> Principal:
+        """Verify a key.
+
+        Raises:
+            Unauthenticated: It does not count.
+            ControlUnavailable: The copy of keys is too old to say.
+        """
+        ...
+
+
+class BearerAuthenticator:
+    """Implements ``governance.ports.Authenticator``; belongs to one event loop.
+
+    Args:
+        config: Issuers and mappings.
+        fetch: Gets discovery and key documents.
+        pepper: Keys pseudonyms.
+        service_keys: Checks service keys.
+        revocations: The latest revocations; asked on every use.
+        clock: Wall clock in microseconds.
+        monotonic: Seconds of a clock that never goes back.
+        allow_loopback_http: Local mode: an issuer may be http on loopback.
+    """
+
+    def __init__(
+        self,
+        config: IdentityConfig,
+        *,
+        fetch: Fetch,
+        pepper: bytes,
+        service_keys: KeyChecker,
+        revocations: Callable[[], Revocations],
+        clock: Clock,
+        monotonic: Callable[[], float],
+        allow_loopback_http: bool = False,
+    ) -> None:
+        self._config = config
+        self._pepper = pepper
+        self._service_keys = service_keys
+        self._revocations = revocations
+        self._clock = clock
+        keys = {
+            issuer.name: KeySet(
+                issuer, fetch, monotonic, allow_loopback_http=allow_loopback_http
+            )
+            for issuer in config.issuers
+        }
+        self._verifier = TokenVerifier(config.issuers, keys, clock)
+        self._verified: OrderedDict[bytes, tuple[int, Principal]] = OrderedDict()
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """Verify the value of an Authorization header.
+
+        Raises:
+            MissingCredential: None, or not a Bearer credential.
+            Unauthenticated: It does not count, is expired or revoked.
+            NotPermitted: It is good, and its owner has no place here.
+            IdentityUnavailable: The issuer's keys cannot be had.
+            ControlUnavailable: Service keys cannot be judged.
+        """
+        scheme, _, credential = (authorization or "").strip().partition(" ")
+        credential = credential.strip()
+        if scheme.lower() != "bearer" or not credential:
+            raise MissingCredential()
+        if len(credential) > MAX_TOKEN_BYTES:
+            raise Unauthenticated()
+        if is_service_key(credential):
+            return self._service_keys.check(credential)
+        principal = await self._token(credential)
+        self._refuse_revoked(principal)
+        return principal
+
+    def clear(self) -> None:
+        """Forget verified tokens."""
+        self._verified.clear()
+
+    async def _token(self, token: str) -> Principal:
+        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        now_us = self._clock()
+        known = self._verified.get(digest)
+        if known is not None and now_us < known[0]:
+            self._verified.move_to_end(digest)
+            return known[1]
+        verified = await self._verifier.verify(token)
+        principal = principal_of(verified, self._config, self._pepper, digest.hex())
+        good_until_us = principal.expires_at_us + LEEWAY_S * 1_000_000
+        now_us = self._clock()
+        if good_until_us <= now_us:
+            raise ExpiredCredential()
+        self._verified[digest] = (min(now_us + CACHE_S * 1_000_000, good_until_us), principal)
+        if len(self._verified) > MAX_CACHED:
+            self._verified.popitem(last=False)
+        return principal
+
+    def _refuse_revoked(self, principal: Principal) -> None:
+        revoked = self._revocations()
+        not_before_us = revoked.subjects.get((principal.issuer, principal.subject))
+        if (
+            principal.token_hash in revoked.token_ids
+            or principal.token_id in revoked.token_ids
+            or (not_before_us is not None and principal.issued_at_us < not_before_us)
+        ):
+            raise RevokedCredential()

@@ -1,0 +1,270 @@
+"""The fence around the JWT library: the only module that imports it, and it only checks signatures.
+
+python-jose accepts, with default options: a token without ``aud`` or ``exp``, any ``typ``, unknown
+``crit`` extensions, a whole key set regardless of ``kid``, and PEM or DER keys as HMAC secrets.
+So nothing of a token is left to it: header and claims are parsed and checked here, one key is
+chosen by (issuer, kid), and the library gets that key and the signed bytes.
+
+Order matters: shape and header, then the issuer's key, then the signature, and only then are
+claims believed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jose import jwk as jose_jwk
+from jose.exceptions import JOSEError
+
+from governance.control.records import MAX_TOKEN_REVOCATION_S
+from governance.errors import ExpiredCredential, Unauthenticated
+from governance.identity.config import TENANT, IssuerConfig
+from governance.ports import Clock
+
+MAX_TOKEN_BYTES = 16 * 1024
+LEEWAY_S = 60
+"""Difference of clocks that is tolerated, in seconds."""
+MAX_CLAIMS = 256
+MIN_RSA_BITS = 2048
+
+_REFUSED_HEADERS = frozenset({"crit", "jku", "jwk", "x5u", "x5c", "zip", "b64", "enc"})
+"""Headers that bring a key or change what is signed. Not ``x5t``: Entra sends it as a mere hint
+beside ``kid``, and nothing here reads it."""
+_KEY_TYPES = {"RS": "RSA", "ES": "EC"}
+_CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}
+_BASE64URL = re.compile(rb"[A-Za-z0-9_-]+\Z")
+
+
+class Key(Protocol):
+    """A prebuilt verification key."""
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Whether the signature is good."""
+        ...
+
+
+class KeySource(Protocol):
+    """Where an issuer's keys come from (``governance.identity.jwks``)."""
+
+    async def key(self, kid: str, algorithm: str) -> Key | None:
+        """The key of that id, prebuilt for that algorithm; ``None`` when there is none.
+
+        Raises:
+            IdentityUnavailable: The issuer's keys cannot be had.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedToken:
+    """A token whose signature and standard claims have been checked."""
+
+    issuer: IssuerConfig
+    kid: str
+    claims: Mapping[str, Any]
+    issued_at_us: int
+    expires_at_us: int
+
+
+class UnusableKey(ValueError):
+    """A published key that may not be used, with the reason."""
+
+
+def build_key(published: Mapping[str, Any], algorithm: str) -> Key:
+    """Prebuild one published key for one algorithm.
+
+    Args:
+        published: A JWK (RFC 7517), public part only.
+        algorithm: The algorithm it will verify.
+
+    Raises:
+        UnusableKey: Wrong type, curve, size, use or algorithm; or it holds a private part.
+    """
+    family = algorithm[:2]
+    if published.get("kty") != _KEY_TYPES.get(family):
+        raise UnusableKey("key type does not fit the algorithm")
+    if "d" in published or "k" in published:
+        raise UnusableKey("a private or symmetric key is published")
+    if published.get("use", "sig") != "sig":
+        raise UnusableKey("not a signature key")
+    if "key_ops" in published and "verify" not in published["key_ops"]:
+        raise UnusableKey("key operations do not include verify")
+    if published.get("alg", algorithm) != algorithm:
+        raise UnusableKey("published for another algorithm")
+    if family == "ES" and published.get("crv") != _CURVES.get(algorithm):
+        raise UnusableKey("curve does not fit the algorithm")
+    if family == "RS":
+        modulus = published.get("n")
+        if not isinstance(modulus, str) or len(_decode(modulus.encode())) * 8 < MIN_RSA_BITS:
+            raise UnusableKey("RSA key is shorter than 2048 bits")
+    public = ("kty", "n", "e", "crv", "x", "y")
+    parts = {name: published[name] for name in public if name in published}
+    try:
+        key: Key = jose_jwk.construct(parts, algorithm)
+    except (JOSEError, ValueError, TypeError, KeyError) as error:
+        raise UnusableKey("malformed key") from error
+    return key
+
+
+class TokenVerifier:
+    """Verifies access tokens of the configured issuers.
+
+    Args:
+        issuers: The issuers.
+        keys: Their keys, by issuer name.
+        clock: Wall clock.
+    """
+
+    def __init__(
+        self, issuers: tuple[IssuerConfig, ...], keys: Mapping[str, KeySource], clock: Clock
+    ) -> None:
+        self._by_url = {url: issuer for issuer in issuers for url in issuer.issuer_urls()}
+        self._keys = keys
+        self._clock = clock
+
+    async def verify(self, token: str) -> VerifiedToken:
+        """Check a token.
+
+        Raises:
+            Unauthenticated: Anything about it is wrong; the message says no more than that.
+            ExpiredCredential: It was good, and is no longer.
+            IdentityUnavailable: The issuer's keys cannot be had.
+        """
+        header, claims, signed, signature = _parse(token)
+        issuer = self._issuer(claims)
+        algorithm, kid = _check_header(header, issuer)
+        key = await self._keys[issuer.name].key(kid, algorithm)
+        if key is None or not _signature_is_good(key, signed, signature):
+            raise Unauthenticated()
+        return self._check_claims(issuer, kid, claims)
+
+    def _issuer(self, claims: Mapping[str, Any]) -> IssuerConfig:
+        """Choose the configured issuer by the unverified ``iss``; it only selects keys."""
+        url = claims.get("iss")
+        issuer = self._by_url.get(url) if isinstance(url, str) else None
+        if issuer is None:
+            raise Unauthenticated()
+        return issuer
+
+    def _check_claims(
+        self, issuer: IssuerConfig, kid: str, claims: Mapping[str, Any]
+    ) -> VerifiedToken:
+        now_s = self._clock() / 1_000_000
+        audience = claims.get("aud")
+        audiences = [audience] if isinstance(audience, str) else audience
+        if not isinstance(audiences, list) or not any(
+            isinstance(a, str) and a in issuer.audiences for a in audiences
+        ):
+            raise Unauthenticated()
+        subject = claims.get("sub")
+        if not isinstance(subject, str) or not subject:
+            raise Unauthenticated()
+        if TENANT in issuer.issuer and claims.get("iss") != issuer.issuer.replace(
+            TENANT, str(claims.get("tid"))
+        ):
+            raise Unauthenticated()
+        expires_s, issued_s = _time(claims, "exp"), _time(claims, "iat")
+        # A token that outlives the memory of its revocation would come back to life.
+        if issued_s > now_s + LEEWAY_S or not 0 < expires_s - issued_s <= MAX_TOKEN_REVOCATION_S:
+            raise Unauthenticated()
+        if "nbf" in claims and _time(claims, "nbf") > now_s + LEEWAY_S:
+            raise Unauthenticated()
+        if expires_s <= now_s - LEEWAY_S:
+            raise ExpiredCredential()
+        return VerifiedToken(
+            issuer, kid, claims, int(issued_s * 1_000_000), int(expires_s * 1_000_000)
+        )
+
+
+def _parse(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
+    """Header, claims, signed bytes and signature of a compact JWS."""
+    try:
+        raw = token.encode("ascii")
+    except UnicodeEncodeError:
+        raise Unauthenticated() from None
+    parts = raw.split(b".")
+    if len(raw) > MAX_TOKEN_BYTES or len(parts) != 3:
+        raise Unauthenticated()
+    try:
+        header, claims, signature = (_decode(part) for part in parts)
+        return _object(header), _object(claims), parts[0] + b"." + parts[1], signature
+    except (ValueError, RecursionError):
+        raise Unauthenticated() from None
+
+
+def _decode(part: bytes) -> bytes:
+    """Strict base64url without padding (RFC 7515 section 2).
+
+    Raises:
+        ValueError: Another alphabet, padding, or bits left over: two spellings of one token would
+            escape a revocation of its hash.
+    """
+    if not _BASE64URL.match(part):
+        raise ValueError("not base64url")
+    try:
+        value = base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
+    except binascii.Error:
+        raise ValueError("not base64url") from None
+    if base64.urlsafe_b64encode(value).rstrip(b"=") != part:
+        raise ValueError("not canonical base64url")
+    return value
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    """A JSON object without duplicate names, NaN or Infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs) or len(value) > MAX_CLAIMS:
+            raise ValueError("duplicate or too many names")
+        return value
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _check_header(header: Mapping[str, Any], issuer: IssuerConfig) -> tuple[str, str]:
+    """Algorithm and key id of an acceptable header."""
+    if not _REFUSED_HEADERS.isdisjoint(header):
+        raise Unauthenticated()
+    kind = header.get("typ")
+    if not isinstance(kind, str):
+        raise Unauthenticated()
+    short = kind.lower().removeprefix("application/")
+    if short not in {accepted.lower() for accepted in issuer.types}:
+        raise Unauthenticated()
+    algorithm, kid = header.get("alg"), header.get("kid")
+    if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:
+        raise Unauthenticated()
+    if not isinstance(kid, str) or not 0 < len(kid) <= 256:
+        raise Unauthenticated()
+    return algorithm, kid
+
+
+def _signature_is_good(key: Key, signed: bytes, signature: bytes) -> bool:
+    try:
+        return key.verify(signed, signature)
+    except (JOSEError, ValueError, TypeError):
+        return False
+
+
+def _time(claims: Mapping[str, Any], name: str) -> float:
+    """A NumericDate (RFC 7519 section 2)."""
+    value = claims.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Unauthenticated()
+    if not 0 < value < 1e11:
+        raise Unauthenticated()
+    return float(value)
