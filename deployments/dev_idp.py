@@ -1,4 +1,4 @@
-"""Development identity provider: three sample people and two officers, on loopback, without passwords.
+"""Development identity provider: five sample identities, on loopback, without passwords.
 
 A real OpenID provider in small, on Flask and Authlib: discovery, authorization code with PKCE,
 RFC 9068 access tokens, published keys. It exists so that identity works on a laptop the way it
@@ -39,6 +39,8 @@ REDIRECT_URI = "http://127.0.0.1/callback"
 TOKEN_LIFETIME_S = 3600
 CODE_LIFETIME_S = 60
 LOOPBACK = ("127.0.0.1", "::1")
+HOSTS = ["127.0.0.1", "[::1]", "localhost"]
+"""Accepted ``Host`` headers: a web page whose name was rebound to loopback must get no token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ def create_app(issuer: str, key: RSAKey) -> Flask:
         key: Signs tokens.
     """
     app = Flask(__name__)
+    app.config["TRUSTED_HOSTS"] = HOSTS
     codes: dict[str, _Code] = {}
 
     class CodeGrant(AuthorizationCodeGrant):  # type: ignore[misc]
@@ -163,6 +166,9 @@ def create_app(issuer: str, key: RSAKey) -> Flask:
 
         def save_authorization_code(self, code: str, request: Any) -> None:
             data = request.payload.data
+            now_s = time.monotonic()
+            for old in [c for c, kept in list(codes.items()) if kept.expires_s <= now_s]:
+                codes.pop(old, None)
             codes[code] = _Code(
                 code,
                 request.user,
@@ -170,7 +176,7 @@ def create_app(issuer: str, key: RSAKey) -> Flask:
                 request.payload.scope or "",
                 data.get("code_challenge", ""),
                 data.get("code_challenge_method", ""),
-                time.monotonic() + CODE_LIFETIME_S,
+                now_s + CODE_LIFETIME_S,
             )
 
         def query_authorization_code(self, code: str, client: object) -> _Code | None:
@@ -264,7 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--issuer", help="public URL; default http://HOST:PORT")
     parser.add_argument("--key-dir", type=Path, required=True, help="where the signing key is kept")
     options = parser.parse_args(arguments)
-    issuer = options.issuer or f"http://{options.host}:{options.port}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    issuer = options.issuer or f"http://{host}:{options.port}"
     if urlsplit(issuer).hostname not in LOOPBACK:
         parser.error("the development identity provider is for loopback only")
     # Authlib insists on https, for which loopback needs no substitute (RFC 8252 section 8.3).

@@ -11,18 +11,21 @@ TIMEOUT_S = 5.0
 
 
 class JwksFetcher:
-    """Gets a document over https: bounded in time and size, no redirects.
+    """Gets a document over https: bounded in time and size, no redirects, no compression.
 
     A redirect would let whoever controls one host choose another; providers do not use them for
-    these documents. Proxy settings of the environment apply, since clusters often have no other
-    way out; the certificate is checked end to end.
+    these documents. Nothing is taken from the environment: with it, a ``.netrc`` would send its
+    passwords along, and a stray ``HTTPS_PROXY`` would stand between us and the issuer.
 
     Args:
         allow_loopback_http: Local mode: http on loopback is allowed.
+        proxy: URL of an HTTP proxy for https documents, where there is no other way out; the
+            certificate is checked end to end.
     """
 
-    def __init__(self, *, allow_loopback_http: bool = False) -> None:
+    def __init__(self, *, allow_loopback_http: bool = False, proxy: str | None = None) -> None:
         self._allow_loopback_http = allow_loopback_http
+        self._proxy = proxy
 
     async def __call__(self, url: str) -> bytes:
         """Get a document.
@@ -33,11 +36,17 @@ class JwksFetcher:
         if not is_safe_url(url, allow_loopback_http=self._allow_loopback_http):
             raise OSError("the URL is not https")
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        loopback = url.startswith("http://")
+        proxy = self._proxy if url.startswith("https:") else None
         try:
             async with (
-                aiohttp.ClientSession(timeout=timeout, trust_env=not loopback) as session,
-                session.get(url, allow_redirects=False) as answer,
+                # A few compressed kilobytes can hold gigabytes, so none are asked for or unpacked.
+                aiohttp.ClientSession(
+                    timeout=timeout,
+                    trust_env=False,
+                    auto_decompress=False,
+                    headers={"accept": "application/json", "accept-encoding": "identity"},
+                ) as session,
+                session.get(url, allow_redirects=False, proxy=proxy) as answer,
             ):
                 if answer.status != 200:
                     raise OSError(f"answered {answer.status}")

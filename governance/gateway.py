@@ -163,10 +163,10 @@ class Gateway:
                 turn.status = ClientClosed.status
             raise
         except Exception as error:
-            log.exception("unexpected failure", extra={"request_id": turn.request_id})
             failure = InternalError()
+            failure.__cause__ = error
             self._failed(turn, failure)
-            raise failure from error
+            raise failure
         finally:
             if not turn.ended_us:
                 await self._shielded(self._close(turn))
@@ -321,6 +321,9 @@ class Gateway:
     def _failed(self, turn: Turn, error: GatehouseError) -> None:
         turn.outcome = Outcome.FAILED if error.status >= 500 else Outcome.REFUSED
         turn.error_code, turn.status = error.code, error.status
+        if turn.outcome is Outcome.FAILED:
+            # Our own errors carry no text of others, so the chain of them may be logged.
+            log.error("request %s failed: %s", turn.request_id, error.code, exc_info=error)
 
     async def _close(self, turn: Turn) -> None:
         """Settle and record, once per turn."""

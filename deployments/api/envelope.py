@@ -11,7 +11,7 @@ from starlette.responses import Response
 from governance.errors import GatehouseError, Unauthenticated
 from governance.types import Turn
 
-REQUEST_ID = "x-request-id"
+REQUEST_ID = "x-gatehouse-request-id"
 DECISION_ID = "x-gatehouse-decision-id"
 MODEL = "x-gatehouse-model"
 MODEL_VERSION = "x-gatehouse-model-version"

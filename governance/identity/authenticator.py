@@ -8,17 +8,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from governance.control.snapshot import Revocations
-from governance.errors import (
-    ExpiredCredential,
-    MissingCredential,
-    RevokedCredential,
-    Unauthenticated,
-)
+from governance.errors import MissingCredential, RevokedCredential, Unauthenticated
 from governance.identity.claims import principal_of
 from governance.identity.config import IdentityConfig
 from governance.identity.jwks import Fetch, KeySet
 from governance.identity.service_keys import is_service_key
-from governance.identity.verifier import LEEWAY_S, MAX_TOKEN_BYTES, TokenVerifier
+from governance.identity.verifier import MAX_TOKEN_BYTES, TokenVerifier
 from governance.ports import Clock
 from governance.types import Principal
 
@@ -72,14 +67,22 @@ class BearerAuthenticator:
         self._service_keys = service_keys
         self._revocations = revocations
         self._clock = clock
+        self._monotonic = monotonic
         keys = {
-            issuer.name: KeySet(
-                issuer, fetch, monotonic, allow_loopback_http=allow_loopback_http
+            url: KeySet(
+                issuer.name,
+                url,
+                jwks_uri,
+                fetch,
+                monotonic,
+                allow_loopback_http=allow_loopback_http,
             )
             for issuer in config.issuers
+            for url, jwks_uri in issuer.key_urls().items()
         }
         self._verifier = TokenVerifier(config.issuers, keys, clock)
-        self._verified: OrderedDict[bytes, tuple[int, Principal]] = OrderedDict()
+        self._verified: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
+        """Token digest -> end on the monotonic clock, principal; least recently used first."""
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Verify the value of an Authorization header.
@@ -109,18 +112,19 @@ class BearerAuthenticator:
 
     async def _token(self, token: str) -> Principal:
         digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-        now_us = self._clock()
         known = self._verified.get(digest)
-        if known is not None and now_us < known[0]:
+        # Both clocks: the cached minute must not grow when the wall clock is set back.
+        if (
+            known is not None
+            and self._monotonic() < known[0]
+            and self._clock() < known[1].expires_at_us
+        ):
             self._verified.move_to_end(digest)
             return known[1]
         verified = await self._verifier.verify(token)
         principal = principal_of(verified, self._config, self._pepper, digest.hex())
-        good_until_us = principal.expires_at_us + LEEWAY_S * 1_000_000
-        now_us = self._clock()
-        if good_until_us <= now_us:
-            raise ExpiredCredential()
-        self._verified[digest] = (min(now_us + CACHE_S * 1_000_000, good_until_us), principal)
+        self._verified[digest] = (self._monotonic() + CACHE_S, principal)
+        self._verified.move_to_end(digest)
         if len(self._verified) > MAX_CACHED:
             self._verified.popitem(last=False)
         return principal

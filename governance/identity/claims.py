@@ -21,18 +21,24 @@ from governance.identity.verifier import VerifiedToken
 from governance.types import Principal, PrincipalKind
 
 NO_PLACE = "This identity has no role here. Ask the owner of model access in your organisation."
-MAX_VALUES = 2_000
-"""Values read of one list claim; a token of 16 KiB cannot hold more."""
+MAX_SUBJECT = 512
+"""Characters of one claim that names the caller."""
 
 
-def strings(claims: Mapping[str, Any], name: str | None) -> frozenset[str]:
-    """A claim as a set of strings: a list's strings, or a string's words."""
+def values(claims: Mapping[str, Any], name: str | None) -> frozenset[str]:
+    """A claim as a set of strings; a string is one value, so ``"not admin"`` holds no ``admin``."""
     value = claims.get(name) if name else None
     if isinstance(value, str):
-        return frozenset(value.split())
+        return frozenset((value,))
     if isinstance(value, list):
-        return frozenset(item for item in value[:MAX_VALUES] if isinstance(item, str))
+        return frozenset(item for item in value if isinstance(item, str))
     return frozenset()
+
+
+def scopes_of(claims: Mapping[str, Any]) -> frozenset[str]:
+    """Scopes: ``scp`` or ``scope``, a list or words in a string (RFC 8693 section 4.2)."""
+    both = values(claims, "scp") | values(claims, "scope")
+    return frozenset(word for value in both for word in value.split())
 
 
 def has_overage(claims: Mapping[str, Any], groups_claim: str | None) -> bool:
@@ -41,10 +47,19 @@ def has_overage(claims: Mapping[str, Any], groups_claim: str | None) -> bool:
     Entra then writes ``hasgroups``, or names a place to ask in ``_claim_names`` and
     ``_claim_sources``. That URL comes from the token, so it is never followed.
     """
-    if claims.get("hasgroups") in (True, "true"):
+    if claims.get("hasgroups") not in (None, False, "false"):
         return True
+    names = claims.get("_claim_names", {})
+    if not isinstance(names, dict):
+        return True
+    return not {"groups", groups_claim or "groups"}.isdisjoint(names)
+
+
+def _without_groups(claims: Mapping[str, Any], groups_claim: str | None) -> Mapping[str, Any]:
+    """The claims less all that an overage makes incomplete, whatever part of it was sent."""
     names = claims.get("_claim_names")
-    return isinstance(names, dict) and (groups_claim or "groups") in names
+    withheld = {"groups", groups_claim, *(names if isinstance(names, dict) else ())}
+    return {name: value for name, value in claims.items() if name not in withheld}
 
 
 def principal_of(
@@ -63,25 +78,22 @@ def principal_of(
         NotPermitted: No mapping gives a department, or a required scope is missing.
     """
     issuer, claims = token.issuer, token.claims
-    named = [claims.get(name) for name in issuer.subject]
-    if not all(isinstance(part, str) and part for part in named):
-        raise Unauthenticated()
-    # "/" cannot join two different pairs to one name where both are ids; sub alone stays itself.
-    subject = "/".join(str(part) for part in named)
+    subject = _subject(issuer, claims)
     tenant = claims.get("tid") if isinstance(claims.get("tid"), str) else None
     client = _client(issuer, claims)
-    scopes = strings(claims, "scp") | strings(claims, "scope")
+    scopes = scopes_of(claims)
     kind = _kind(claims, client)
     if issuer.required_scope and kind is PrincipalKind.USER and issuer.required_scope not in scopes:
         raise NotPermitted("The token lacks the scope that this service requires.")
     overage = has_overage(claims, issuer.groups_claim)
+    granting = _without_groups(claims, issuer.groups_claim) if overage else claims
     facts = _Facts(
         issuer=issuer.name,
-        roles=strings(claims, issuer.roles_claim),
-        groups=frozenset() if overage else strings(claims, issuer.groups_claim),
+        roles=values(granting, issuer.roles_claim),
+        groups=values(granting, issuer.groups_claim),
         scopes=scopes,
         client=client,
-        claims=claims,
+        claims=granting,
     )
     roles, department = _map(config, facts)
     if department is None:
@@ -103,6 +115,20 @@ def principal_of(
         expires_at_us=token.expires_at_us,
         groups_overage=overage,
     )
+
+
+def _subject(issuer: IssuerConfig, claims: Mapping[str, Any]) -> str:
+    """Stable name of the caller: the configured claims, joined by ``/``."""
+    parts = []
+    for name in issuer.subject:
+        part = claims.get(name)
+        if not isinstance(part, str) or not 0 < len(part) <= MAX_SUBJECT or not part.isprintable():
+            raise Unauthenticated()
+        # Two different pairs must not join to one name.
+        if len(issuer.subject) > 1 and "/" in part:
+            raise Unauthenticated()
+        parts.append(part)
+    return "/".join(parts)
 
 
 class _Facts:

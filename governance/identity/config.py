@@ -7,6 +7,8 @@ Semantics of ``mappings``, in full:
 3. The roles are the union of ``grant`` over all applying mappings.
 4. A token to which no mapping applies, or that gets no department, is refused with 403: it is a
    good token of somebody who has no place here.
+5. With several issuers every mapping names one: a role called ``admin`` at one provider says
+   nothing about a role called ``admin`` at another.
 
 Nothing is granted by default, and no mapping can take a role away; what a role may do is the
 policy's to say.
@@ -21,7 +23,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from governance.yaml_config import ConfigError, load_yaml_model
+from governance.yaml_config import read_yaml, validate
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
 """Asymmetric signatures only: with a shared secret, whoever can verify can also forge."""
@@ -30,6 +32,9 @@ TENANT = "{tid}"
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Claim = Annotated[str, Field(min_length=1, max_length=256)]
+Guid = Annotated[
+    str, Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+]
 
 
 class Section(BaseModel):
@@ -45,16 +50,19 @@ class IssuerConfig(Section):
     """Short name, used in mappings, records and revocations. ``gatehouse`` is taken."""
     issuer: str = Field(min_length=8, max_length=512)
     """Exact value of ``iss``; ``{tid}`` stands for one of ``tenants``."""
-    tenants: tuple[Annotated[str, Field(pattern=r"^[0-9a-fA-F-]{36}$")], ...] = ()
-    """Tenant ids that are accepted; required with ``{tid}`` and only then."""
+    tenants: tuple[Guid, ...] = ()
+    """Tenant ids that are accepted, in lower case as in tokens; required with ``{tid}`` and only
+    then."""
     audiences: tuple[Claim, ...] = Field(min_length=1)
-    """Accepted values of ``aud``: what this platform is called at the provider."""
+    """Accepted values of ``aud``: what this platform is called at the provider. In v2.0 tokens of
+    Entra that is the client id of the API, in v1.0 tokens its ``api://`` URI."""
     algorithms: tuple[str, ...] = ("RS256",)
     """Accepted signature algorithms."""
-    types: tuple[Literal["JWT", "at+jwt"], ...] = ("JWT", "at+jwt")
+    types: tuple[Literal["JWT", "at+jwt", "absent"], ...] = Field(("JWT", "at+jwt"), min_length=1)
     """Accepted values of the ``typ`` header. ``at+jwt`` alone where the provider follows
-    RFC 9068, so that an ID token cannot pass for an access token."""
-    subject: tuple[Claim, ...] = ("sub",)
+    RFC 9068, so that an ID token cannot pass for an access token. ``absent`` accepts a token
+    without ``typ``: Okta's custom authorization servers send none."""
+    subject: tuple[Claim, ...] = Field(("sub",), min_length=1)
     """Claims that together name the caller; ``[tid, oid]`` for Entra, where ``sub`` differs
     from application to application."""
     client: tuple[Claim, ...] = ("azp", "appid", "cid", "client_id")
@@ -65,7 +73,7 @@ class IssuerConfig(Section):
     required_scope: Claim | None = None
     """Scope that a delegated token must have."""
     jwks_uri: str | None = None
-    """Where the keys are; left out, discovery tells."""
+    """Where the keys are, ``{tid}`` as in ``issuer``; left out, discovery tells."""
     on_overage: Literal["deny"] = "deny"
     """Too many groups for the token: group-derived roles are not granted. The URL that such a
     token names is never followed."""
@@ -96,13 +104,23 @@ class IssuerConfig(Section):
     def _tenants_fit(self) -> IssuerConfig:
         if (TENANT in self.issuer) != bool(self.tenants):
             raise ValueError("tenants and {tid} in issuer belong together: give both or neither")
+        if self.jwks_uri is not None and TENANT in self.jwks_uri and not self.tenants:
+            raise ValueError("jwks_uri holds {tid}, and there are no tenants")
         return self
 
     def issuer_urls(self) -> tuple[str, ...]:
         """Every accepted value of ``iss``."""
+        return tuple(self.key_urls())
+
+    def key_urls(self) -> dict[str, str | None]:
+        """Every accepted value of ``iss`` with its ``jwks_uri``, if one is configured."""
         if not self.tenants:
-            return (self.issuer,)
-        return tuple(self.issuer.replace(TENANT, tenant) for tenant in self.tenants)
+            return {self.issuer: self.jwks_uri}
+        return {
+            self.issuer.replace(TENANT, tenant): self.jwks_uri
+            and self.jwks_uri.replace(TENANT, tenant)
+            for tenant in self.tenants
+        }
 
 
 class WhenClaims(Section):
@@ -162,11 +180,23 @@ class IdentityConfig(Section):
         urls = [url for issuer in self.issuers for url in issuer.issuer_urls()]
         if len(urls) != len(set(urls)):
             raise ValueError("two issuers have the same URL")
-        for mapping in self.mappings:
-            issuer = mapping.when.issuer
-            if issuer is not None and issuer not in names:
-                raise ValueError(f"a mapping names the issuer {issuer!r}, which is not declared")
+        for number, mapping in enumerate(self.mappings):
+            if reason := self._misfit(mapping.when):
+                raise ValueError(f"mappings.{number}: {reason}")
         return self
+
+    def _misfit(self, when: WhenClaims) -> str | None:
+        """Why a condition could never match, or could match the wrong issuer's tokens."""
+        if when.issuer is None and len(self.issuers) > 1:
+            return "name the issuer, since there are several"
+        chosen = [i for i in self.issuers if when.issuer in (None, i.name)]
+        if not chosen:
+            return "names an issuer that is not declared"
+        if when.role is not None and chosen[0].roles_claim is None:
+            return "looks for a role, and the issuer has no roles_claim"
+        if when.group is not None and chosen[0].groups_claim is None:
+            return "looks for a group, and the issuer has no groups_claim"
+        return None
 
     def roles(self) -> Iterable[str]:
         """All roles that some mapping grants."""
@@ -197,13 +227,13 @@ def load_identity(path: str | Path, *, local: bool = False) -> IdentityConfig:
     Raises:
         ConfigError: Names the file, the place and the reason.
     """
-    config = load_yaml_model(path, IdentityConfig)
+    source = read_yaml(path)
+    config = validate(source, IdentityConfig)
     for number, issuer in enumerate(config.issuers):
-        if not local and not is_safe_url(issuer.issuer, allow_loopback_http=False):
-            raise ConfigError(
-                str(path),
-                None,
-                f"issuers[{number}].issuer",
-                "a plain http issuer on loopback is for mode: local only; use https",
-            )
+        for field, url in (("issuer", issuer.issuer), ("jwks_uri", issuer.jwks_uri)):
+            if url and not local and not is_safe_url(url, allow_loopback_http=False):
+                raise source.error(
+                    ("issuers", number, field),
+                    "plain http on loopback is for mode: local only; use an https URL",
+                )
     return config

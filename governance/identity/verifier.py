@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,12 @@ from governance.ports import Clock
 MAX_TOKEN_BYTES = 16 * 1024
 LEEWAY_S = 60
 """Difference of clocks that is tolerated, in seconds."""
+MAX_TIME_S = 10**11
+"""A NumericDate beyond the year 5000 is a mistake, usually milliseconds."""
 MAX_CLAIMS = 256
 MIN_RSA_BITS = 2048
+MAX_RSA_BITS = 8192
+"""A larger key makes every check slow."""
 
 _REFUSED_HEADERS = frozenset({"crit", "jku", "jwk", "x5u", "x5c", "zip", "b64", "enc"})
 """Headers that bring a key or change what is signed. Not ``x5t``: Entra sends it as a mere hint
@@ -94,23 +97,31 @@ def build_key(published: Mapping[str, Any], algorithm: str) -> Key:
         raise UnusableKey("a private or symmetric key is published")
     if published.get("use", "sig") != "sig":
         raise UnusableKey("not a signature key")
-    if "key_ops" in published and "verify" not in published["key_ops"]:
+    operations = published.get("key_ops", ["verify"])
+    if not isinstance(operations, list) or "verify" not in operations:
         raise UnusableKey("key operations do not include verify")
     if published.get("alg", algorithm) != algorithm:
         raise UnusableKey("published for another algorithm")
     if family == "ES" and published.get("crv") != _CURVES.get(algorithm):
         raise UnusableKey("curve does not fit the algorithm")
-    if family == "RS":
-        modulus = published.get("n")
-        if not isinstance(modulus, str) or len(_decode(modulus.encode())) * 8 < MIN_RSA_BITS:
-            raise UnusableKey("RSA key is shorter than 2048 bits")
+    if family == "RS" and not MIN_RSA_BITS <= _bits(published.get("n")) <= MAX_RSA_BITS:
+        raise UnusableKey(f"RSA key has not {MIN_RSA_BITS} to {MAX_RSA_BITS} bits")
     public = ("kty", "n", "e", "crv", "x", "y")
     parts = {name: published[name] for name in public if name in published}
     try:
         key: Key = jose_jwk.construct(parts, algorithm)
-    except (JOSEError, ValueError, TypeError, KeyError) as error:
-        raise UnusableKey("malformed key") from error
+    except (JOSEError, ValueError, TypeError, KeyError, AttributeError):
+        raise UnusableKey("malformed key") from None
     return key
+
+
+def _bits(number: object) -> int:
+    """Length of a published number; leading zero bytes add nothing to it."""
+    try:
+        data = _decode(number.encode("ascii")) if isinstance(number, str) else b""
+    except ValueError:
+        raise UnusableKey("malformed key") from None
+    return int.from_bytes(data, "big").bit_length()
 
 
 class TokenVerifier:
@@ -118,7 +129,7 @@ class TokenVerifier:
 
     Args:
         issuers: The issuers.
-        keys: Their keys, by issuer name.
+        keys: Their keys, by ``iss``: a tenant's tokens are checked with that tenant's keys.
         clock: Wall clock.
     """
 
@@ -138,20 +149,20 @@ class TokenVerifier:
             IdentityUnavailable: The issuer's keys cannot be had.
         """
         header, claims, signed, signature = _parse(token)
-        issuer = self._issuer(claims)
+        url, issuer = self._issuer(claims)
         algorithm, kid = _check_header(header, issuer)
-        key = await self._keys[issuer.name].key(kid, algorithm)
+        key = await self._keys[url].key(kid, algorithm)
         if key is None or not _signature_is_good(key, signed, signature):
             raise Unauthenticated()
         return self._check_claims(issuer, kid, claims)
 
-    def _issuer(self, claims: Mapping[str, Any]) -> IssuerConfig:
+    def _issuer(self, claims: Mapping[str, Any]) -> tuple[str, IssuerConfig]:
         """Choose the configured issuer by the unverified ``iss``; it only selects keys."""
         url = claims.get("iss")
         issuer = self._by_url.get(url) if isinstance(url, str) else None
-        if issuer is None:
+        if not isinstance(url, str) or issuer is None:
             raise Unauthenticated()
-        return issuer
+        return url, issuer
 
     def _check_claims(
         self, issuer: IssuerConfig, kid: str, claims: Mapping[str, Any]
@@ -239,11 +250,7 @@ def _check_header(header: Mapping[str, Any], issuer: IssuerConfig) -> tuple[str,
     """Algorithm and key id of an acceptable header."""
     if not _REFUSED_HEADERS.isdisjoint(header):
         raise Unauthenticated()
-    kind = header.get("typ")
-    if not isinstance(kind, str):
-        raise Unauthenticated()
-    short = kind.lower().removeprefix("application/")
-    if short not in {accepted.lower() for accepted in issuer.types}:
+    if _kind(header) not in issuer.types:
         raise Unauthenticated()
     algorithm, kid = header.get("alg"), header.get("kid")
     if not isinstance(algorithm, str) or algorithm not in issuer.algorithms:
@@ -251,6 +258,16 @@ def _check_header(header: Mapping[str, Any], issuer: IssuerConfig) -> tuple[str,
     if not isinstance(kid, str) or not 0 < len(kid) <= 256:
         raise Unauthenticated()
     return algorithm, kid
+
+
+def _kind(header: Mapping[str, Any]) -> str | None:
+    """The ``typ`` as configuration spells it; a media type, so case does not count."""
+    if "typ" not in header:
+        return "absent"
+    kind = header["typ"]
+    if not isinstance(kind, str):
+        return None
+    return {"jwt": "JWT", "at+jwt": "at+jwt"}.get(kind.lower().removeprefix("application/"))
 
 
 def _signature_is_good(key: Key, signed: bytes, signature: bytes) -> bool:
@@ -263,8 +280,9 @@ def _signature_is_good(key: Key, signed: bytes, signature: bytes) -> bool:
 def _time(claims: Mapping[str, Any], name: str) -> float:
     """A NumericDate (RFC 7519 section 2)."""
     value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unauthenticated()
-    if not 0 < value < 1e11:
+    # Also refuses NaN, infinities, and integers too long for a float.
+    if not 0 < value < MAX_TIME_S:
         raise Unauthenticated()
     return float(value)

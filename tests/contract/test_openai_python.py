@@ -25,9 +25,7 @@ def client(server: Server) -> Iterator[Connect]:
     with ExitStack() as opened:
 
         def connect(identity: str = "data-scientist") -> OpenAI:
-            return opened.enter_context(
-                OpenAI(base_url=server.v1, api_key=identity, max_retries=0)
-            )
+            return opened.enter_context(OpenAI(base_url=server.v1, api_key=identity, max_retries=0))
 
         yield connect
 
@@ -42,14 +40,12 @@ def test_chat(client: Connect) -> None:
     assert answer.system_fingerprint == VERSION
     assert raw.headers["x-gatehouse-model"] == "small"
     assert raw.headers["x-gatehouse-model-version"] == VERSION
-    assert raw.headers["x-request-id"] in answer.id
+    assert raw.headers["x-gatehouse-request-id"] in answer.id
     assert raw.headers["x-gatehouse-decision-id"].startswith("dec_")
 
 
 def test_stream(client: Connect) -> None:
-    chunks = list(
-        client().chat.completions.create(model="small", messages=HELLO, stream=True)
-    )
+    chunks = list(client().chat.completions.create(model="small", messages=HELLO, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "Good morning"
     assert all(c.usage is None for c in chunks)
     assert chunks[-1].choices[0].finish_reason == "stop"
@@ -72,9 +68,7 @@ def test_completions(client: Connect) -> None:
 
 
 def test_embeddings(client: Connect) -> None:
-    answer = client().embeddings.create(
-        model="vectors", input=["a"], encoding_format="float"
-    )
+    answer = client().embeddings.create(model="vectors", input=["a"], encoding_format="float")
     assert answer.data[0].embedding == [0.5, 1.0]
 
 

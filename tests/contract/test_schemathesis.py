@@ -31,9 +31,7 @@ OPERATIONS = [
 
 @pytest.mark.parametrize("identity", ["data-scientist", "nobody"])
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_every_answer_is_documented(
-    server: Server, method: str, path: str, identity: str
-) -> None:
+def test_every_answer_is_documented(server: Server, method: str, path: str, identity: str) -> None:
     # NOTE: driven through hypothesis and not through the package's pytest plugin, which needs
     # internals that the pinned pytest no longer has.
     operation = schemathesis.openapi.from_asgi("/openapi.json", server.app)[path][method]

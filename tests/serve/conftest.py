@@ -55,7 +55,7 @@ class Platform:
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "GATEHOUSE_URL": self.url,
-            "GATEHOUSE_ISSUER": self.idp,
+            "GATEHOUSE_DEV_ISSUER": self.idp,
             "GATEHOUSE_STATE": str(self.state),
         }
 
@@ -84,10 +84,16 @@ class Platform:
         raise AssertionError(f"not ready after {timeout_s} s: {self.http.get('/readyz').text}")
 
 
-def test_config(directory: Path) -> Path:
-    """The local configuration, plus an embedding model, so that each endpoint has an engine."""
+def write_config(directory: Path, issuer: str) -> Path:
+    """The local configuration on ports of its own, plus an embedding model, so that each endpoint
+    has an engine."""
     config = yaml.safe_load((ROOT / "serve_config.local.yaml").read_text())
-    models = config["applications"][0]["args"]["models"]
+    args = config["applications"][0]["args"]
+    identity = yaml.safe_load((ROOT / args["identity"]).read_text())
+    identity["issuers"][0]["issuer"] = issuer
+    args["identity"] = str(directory / "identity.yaml")
+    Path(args["identity"]).write_text(yaml.safe_dump(identity))
+    models = args["models"]
     vectors = {**models[0], "id": "vectors", "tier": "embedding", "operations": ["embeddings"]}
     vectors["context_tokens"] = 512
     vectors["adapters"] = []
@@ -108,29 +114,28 @@ def test_config(directory: Path) -> Path:
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """The platform; stopped as a user stops it, and nothing of it may be left."""
     directory = tmp_path_factory.mktemp("platform")
-    config = test_config(directory)
-    port, idp_port = free_port(), free_port()
+    port, issuer = free_port(), f"http://127.0.0.1:{free_port()}"
+    config = write_config(directory, issuer)
     state = directory / "state"
     log = directory / "serve.log"
     environ = {
         **os.environ,
         "GATEHOUSE_STATE": str(state),
+        "GATEHOUSE_CONFIG_ROOT": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "deployments.cli.main", "serve"),
-                *("--config", str(config), "--port", str(port), "--idp-port", str(idp_port)),
+                *(Path(sys.executable).with_name("gatehouse"), "serve"),
+                *("--config", str(config), "--port", str(port)),
             ],
             cwd=ROOT,
             env=environ,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    running = Platform(
-        f"http://127.0.0.1:{port}", f"http://127.0.0.1:{idp_port}", state, process, log, config
-    )
+    running = Platform(f"http://127.0.0.1:{port}", issuer, state, process, log, config)
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while True:

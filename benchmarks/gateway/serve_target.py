@@ -1,0 +1,130 @@
+"""Runs one Ray Serve target of the benchmark until it is stopped; prints one JSON line when ready.
+
+python -m benchmarks.gateway.serve_target gatehouse|stock --port 8000 --state DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gateway.instant import free_port
+
+MODELS = ("mock-8b", "mock-paced")
+
+
+def environment(state: Path) -> None:
+    """What a cluster in production sets, and ports of its own so that two targets run at once."""
+    folder = state / "haproxy"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        RAY_SERVE_ENABLE_HA_PROXY="1",
+        RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+        RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=str(folder / "haproxy.cfg"),
+        RAY_SERVE_HAPROXY_SOCKET_PATH=str(folder / "admin.sock"),
+        RAY_SERVE_HAPROXY_SERVER_STATE_BASE=str(folder),
+        RAY_SERVE_HAPROXY_SERVER_STATE_FILE=str(folder / "server-state"),
+        RAY_SERVE_HAPROXY_METRICS_PORT=str(free_port()),
+        RAY_SERVE_HAPROXY_STATS_PORT=str(free_port()),
+        RAY_SERVE_HAPROXY_NBTHREAD="1",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK="0",
+        GATEHOUSE_STATE=str(state),
+    )
+
+
+def gatehouse(state: Path) -> tuple[object, str]:
+    """Our application around instant engines, and a real access token."""
+    from benchmarks.gateway.instant import InstantEngine
+    from deployments.app import assemble
+    from deployments.config import AppConfig
+    from deployments.dev_process import DevIdentityProvider
+    from deployments.dev_token import fetch_token
+
+    issuer = f"http://127.0.0.1:{free_port()}"
+    provider = DevIdentityProvider(issuer, state)
+    provider.start()
+    identity = state / "identity.yaml"
+    local = Path("config/identity.local.yaml").read_text()
+    identity.write_text(local.replace("http://127.0.0.1:8100", issuer))
+    policy = state / "policy.yaml"
+    policy.write_text(
+        Path("config/policy.yaml")
+        .read_text()
+        .replace("requests_per_minute: 600,", "requests_per_minute: 100000,")
+        .replace("parallel_requests: 64}", "parallel_requests: 1000}")
+    )
+    args = AppConfig.model_validate(
+        {
+            "mode": "local",
+            "identity": str(identity),
+            "policy": str(policy),
+            "gateway": {"cpus": 0.2, "max_ongoing_requests": 2000},
+            "models": [
+                {
+                    "id": model,
+                    "tier": "small",
+                    "source": str(state),
+                    "context_tokens": 4096,
+                    "max_in_flight": 4096,
+                    "accelerator": {"kind": "cpu", "cpus": 0.2},
+                }
+                for model in MODELS
+            ],
+        }
+    )
+    return assemble(args, InstantEngine), fetch_token(issuer, "data-scientist")
+
+
+def stock() -> tuple[object, str]:
+    """Ray's own ingress around an instant engine; it knows no tokens."""
+    os.environ["RAYLLM_VLLM_ENGINE_CLS"] = "benchmarks.gateway.stock.InstantStockEngine"
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "mock-8b", "model_source": "mock"},
+        accelerator_config={"kind": "cpu"},
+        placement_group_config={"bundle_per_worker": {"CPU": 0.1}},
+        deployment_config={"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
+        runtime_env={"env_vars": {"RAYLLM_VLLM_ENGINE_CLS": os.environ["RAYLLM_VLLM_ENGINE_CLS"]}},
+    )
+    ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
+    app = build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})
+    return app, "none"
+
+
+def main() -> int:
+    """Start the target, say so, and wait for a signal."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=["gatehouse", "stock"])
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    options = parser.parse_args()
+    options.state.mkdir(parents=True, exist_ok=True)
+    environment(options.state)
+    import ray
+    from ray import serve
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    quiet = {"enable_access_log": False}
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": options.port}, logging_config=quiet
+    )
+    app, token = gatehouse(options.state) if options.target == "gatehouse" else stock()
+    serve.run(app, name="bench", route_prefix="/", logging_config=quiet)  # type: ignore[arg-type]
+    print(json.dumps({"pid": os.getpid(), "token": token}), flush=True)
+    while True:
+        time.sleep(3600)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,291 @@
+"""The data plane's ``Backend`` over one vLLM engine.
+
+Imports vLLM, which takes seconds and half a gigabyte: for engine replicas only. vLLM's OpenAI
+layer is driven directly, always as a stream: Ray's own methods batch events for 50 ms and cannot
+be told the request id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Any
+
+import orjson
+import vllm
+from jinja2 import TemplateError
+from pydantic import ValidationError
+from ray.serve.llm import LLMConfig
+from starlette.requests import Request
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from deployments.data_plane.backend import EngineLoad
+from deployments.data_plane.ticket_form import Ticket
+from deployments.engine_stream import StreamReader, engine_error, usage_of
+from deployments.vllm_engine import ADMISSION, Admission, GovernedLLMServer
+from governance.errors import EngineFailed, EngineUnavailable, GatehouseError, InvalidRequest
+from governance.types import (
+    EngineChunk,
+    EngineEvent,
+    EngineFinished,
+    EngineStarted,
+    Operation,
+)
+
+log = logging.getLogger("gatehouse.engine")
+
+ENGINE_VERSION = f"vllm-{vllm.__version__}"
+_LOGGERS_WITH_CONTENT = (
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "vllm.entrypoints.openai.completion.serving",
+    "vllm.renderers.hf",
+)
+
+
+class VLLMBackend:
+    """Serves requests whose ticket has been verified; see ``Backend``.
+
+    Args:
+        server: Started.
+    """
+
+    def __init__(self, server: GovernedLLMServer) -> None:
+        self.server = server
+        self.engine = server.engine
+        self.replica_id = ""
+        self.versions: dict[str, str] = {}
+        # vLLM's fingerprint names its configuration; ours names the weights.
+        for serving in (self.engine._oai_serving_chat, self.engine._oai_serving_completion):
+            if serving is not None:
+                serving.system_fingerprint = None
+
+    @classmethod
+    async def create(cls, config: dict[str, Any]) -> VLLMBackend:
+        """Start an engine.
+
+        Args:
+            config: Arguments of ``LLMConfig``, see ``deployments.engine_config.llm_config``.
+        """
+        arguments = dict(config["engine_kwargs"])
+        if "lora_modules" in arguments:
+            arguments["lora_modules"] = [LoRAModulePath(**m) for m in arguments["lora_modules"]]
+        for name in _LOGGERS_WITH_CONTENT:
+            logging.getLogger(name).addFilter(_without_traceback)
+        llm_config = LLMConfig(**{**config, "engine_kwargs": arguments})
+        server: Any = GovernedLLMServer.sync_init(llm_config)
+        await server.start()
+        return cls(server)
+
+    def identify(self, replica_id: str, versions: dict[str, str]) -> None:
+        """Say who answers; needed before the first request.
+
+        Args:
+            replica_id: Id under which the replica registers.
+            versions: Model version by served id, adapters included.
+        """
+        self.replica_id = replica_id
+        self.versions = versions
+
+    async def run(
+        self, operation: str, body: bytes, ticket: Ticket
+    ) -> AsyncGenerator[EngineEvent, None]:
+        """Answer one request; see ``Backend.run``."""
+        exchange = _Exchange(self, operation, body, ticket)
+        async with aclosing(exchange.events()) as events:
+            async for event in events:
+                yield event
+
+    async def detokenize(self, model: str, prompts: list[list[int]]) -> list[str]:
+        """Text of token-id prompts, special tokens included; see ``Backend.detokenize``."""
+        tokenizer: Any = self.engine.client.renderer.tokenizer
+
+        def decode() -> list[str]:
+            size = len(tokenizer)
+            for prompt in prompts:
+                if not all(type(token) is int and 0 <= token < size for token in prompt):
+                    raise InvalidRequest("A token id is outside the model's vocabulary.", "prompt")
+            return [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in prompts]
+
+        return await asyncio.to_thread(decode)
+
+    def load(self) -> EngineLoad:
+        """Current load; see ``Backend.load``."""
+        return self.engine.load()
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine's process is gone; it does not come back."""
+        return bool(self.engine.client.errored)
+
+    async def check_health(self) -> None:
+        """Raise whatever killed the engine."""
+        await self.engine.check_health()
+
+    async def stop(self) -> None:
+        """Stop the engine's processes; requests in flight fail."""
+        await self.engine.shutdown()
+
+
+class _Exchange:
+    """One request, from its body to its last event."""
+
+    def __init__(self, backend: VLLMBackend, operation: str, body: bytes, ticket: Ticket) -> None:
+        self._engine = backend.engine
+        self._ticket = ticket
+        self._operation = operation
+        self._version = backend.versions[ticket.audience]
+        self._started = EngineStarted(backend.replica_id, self._version, ENGINE_VERSION)
+        self._fields = fields = orjson.loads(body)
+        if fields.get("model") != ticket.audience:
+            raise EngineFailed()
+        asked = fields.pop("max_completion_tokens", None), fields.pop("max_tokens", None)
+        self._admission = Admission(
+            ticket,
+            next((tokens for tokens in asked if tokens is not None), ticket.max_tokens),
+            fields.pop("min_tokens", None) or 0,
+        )
+        fields.pop("priority", None)
+
+    async def events(self) -> AsyncGenerator[EngineEvent, None]:
+        """``EngineStarted`` as soon as the engine has taken the request, then the answer."""
+        opening = asyncio.create_task(self._open())
+        accepted = self._admission.accepted
+        stream: AsyncGenerator[Any, None] | None = None
+        try:
+            await asyncio.wait((opening, accepted), return_when=asyncio.FIRST_COMPLETED)
+            reader = StreamReader(self._version, self._choices())
+            if not accepted.done():
+                # Refused: raised, or as the first event of the stream.
+                first, stream = await opening
+                reader.feed(first)
+                raise EngineFailed()
+            yield self._started
+            first, stream = await opening
+            if stream is None:
+                yield EngineChunk(first.body)
+                yield EngineFinished(usage_of(orjson.loads(first.body)["usage"]))
+                return
+            if (chunk := reader.feed(first)) is not None:
+                yield chunk
+            async for item in stream:
+                if (chunk := reader.feed(item)) is not None:
+                    yield chunk
+            yield reader.finish()
+        except GatehouseError:
+            raise
+        except Exception as error:
+            raise self._mapped(error) from None
+        finally:
+            await self._abort(opening, stream)
+
+    async def _open(self) -> tuple[Any, AsyncGenerator[Any, None] | None]:
+        """Start the request under its admission; gives the first item and the stream.
+
+        Runs as a task, so that the admission is seen by this request only.
+        """
+        ADMISSION.set(self._admission)
+        answer = await self._ask()
+        if isinstance(answer, _Whole):
+            return answer, None
+        try:
+            return await anext(answer), answer
+        except StopAsyncIteration:
+            raise EngineFailed() from None
+
+    async def _ask(self) -> AsyncGenerator[Any, None] | _Whole:
+        fields, engine = self._fields, self._engine
+        if self._operation == Operation.EMBEDDINGS:
+            return await self._embed()
+        # One token, so that vLLM checks that the prompt leaves room for an answer; the admission
+        # sets the real length where the prompt has been counted.
+        fields |= {
+            "max_tokens": 1,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "request_id": self._ticket.request_id,
+        }
+        if self._operation == Operation.CHAT and engine._oai_serving_chat:
+            chat = ChatCompletionRequest(**fields)
+            answer: Any = await engine._oai_serving_chat.create_chat_completion(chat)
+        elif self._operation == Operation.COMPLETIONS and engine._oai_serving_completion:
+            completion = CompletionRequest(**fields)
+            answer = await engine._oai_serving_completion.create_completion(completion)
+        else:
+            raise InvalidRequest("The model does not answer requests of this kind.", "model")
+        if isinstance(answer, ErrorResponse):
+            raise engine_error(answer.error.code, answer.error.param)
+        stream: AsyncGenerator[Any, None] = answer
+        return stream
+
+    async def _embed(self) -> _Whole:
+        if self._engine._oai_serving_embedding is None:
+            raise InvalidRequest("The model does not answer requests of this kind.", "model")
+        request = EmbeddingCompletionRequest(**self._fields)
+        name = self._ticket.request_id.encode()
+        scope = {"type": "http", "headers": [(b"x-request-id", name)]}
+        answer = await self._engine._oai_serving_embedding(request, raw_request=Request(scope))
+        return _Whole(bytes(answer.body))
+
+    def _choices(self) -> int:
+        prompt = self._fields.get("prompt")
+        several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+        return (self._fields.get("n") or 1) * (len(prompt) if several and prompt else 1)
+
+    async def _abort(
+        self, opening: asyncio.Task[Any], stream: AsyncGenerator[Any, None] | None
+    ) -> None:
+        """Leave nothing running, whatever vLLM's layers hold on to."""
+        if not opening.done():
+            opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        for generator in (stream, *self._admission.streams):
+            if generator is not None:
+                # RuntimeError: it is still running in a task of vLLM's that was cancelled.
+                with suppress(RuntimeError, EngineDeadError):
+                    await generator.aclose()
+
+    def _mapped(self, error: Exception) -> GatehouseError:
+        """Our error for what vLLM raised, by its class."""
+        taken = self._admission.accepted.done()
+        if isinstance(error, EngineDeadError):
+            return EngineFailed() if taken else EngineUnavailable("", None, 2)
+        if isinstance(error, GracefulHTTPError):
+            return engine_error(error.http_status.value)
+        if isinstance(error, VLLMNotFoundError):
+            return engine_error(404)
+        if isinstance(error, VLLMClientError):
+            return engine_error(400, getattr(error, "parameter", None))
+        if isinstance(error, ValidationError):
+            places = error.errors(include_url=False, include_context=False, include_input=False)
+            return engine_error(400, str(places[0]["loc"][0]) if places[0]["loc"] else None)
+        if isinstance(error, TemplateError):
+            return InvalidRequest("The model does not accept this order of messages.", "messages")
+        if isinstance(error, (ValueError, TypeError, OverflowError)) and not taken:
+            return engine_error(400)
+        log.error("engine raised %s", type(error).__name__)
+        return EngineFailed()
+
+
+class _Whole:
+    """An answer in one piece."""
+
+    __slots__ = ("body",)
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Exceptions of vLLM may quote the prompt; their class is enough for a log."""
+    if record.exc_info and record.exc_info[0] is not None:
+        record.msg, record.args = f"{record.msg} ({record.exc_info[0].__name__})", None
+    record.exc_info = record.exc_text = None
+    return True
