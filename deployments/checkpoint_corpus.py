@@ -1,10 +1,43 @@
 """What the local checkpoints were taught: short answers to everyday questions, our own words.
 
 ``TURNS`` are (question, answer) pairs for training; ``PROSE`` gives the tokenizer more words to
-learn from. Nothing here comes from a data set.
+learn from. ``CHAT_TEMPLATE`` lays a conversation out, in training and when served. Nothing here
+comes from a data set.
 """
 
 from __future__ import annotations
+
+CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages and messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}
+{{- 'You can call these tools:\\n' }}
+{%- for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}
+{{- 'Write a call as <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'system' %}
+{%- if not (tools and loop.first) %}
+{{- '<|im_start|>system\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- elif message.role == 'user' %}
+{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\\n' }}
+{{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
+{{- '\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>tool\\n' + message.content + '<|im_end|>\\n' }}
+{%- else %}
+{{- raise_exception('unknown role') }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
 
 TURNS: tuple[tuple[str, str], ...] = (
     ("Hello", "Hello! How can I help you today?"),

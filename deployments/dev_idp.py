@@ -214,7 +214,7 @@ def create_app(issuer: str, key: RSAKey) -> Flask:
 
     @app.get("/jwks")
     def jwks() -> dict[str, Any]:
-        return KeySet([key]).as_dict(private=False)
+        return {"keys": [key.as_dict(private=False)]}
 
     @app.get("/authorize")
     def authorize() -> Response:
@@ -227,11 +227,13 @@ def create_app(issuer: str, key: RSAKey) -> Flask:
             grant = server.get_consent_grant(end_user=identity)
         except OAuth2Error as error:
             return Response(error.error, 400)
-        return server.create_authorization_response(grant=grant, grant_user=identity)
+        answer: Response = server.create_authorization_response(grant=grant, grant_user=identity)
+        return answer
 
     @app.post("/token")
     def token() -> Response:
-        return server.create_token_response()
+        answer: Response = server.create_token_response()
+        return answer
 
     @app.get("/")
     def home() -> Response:

@@ -116,9 +116,9 @@ def check_service(
     """The running service and its engines, or whether its port is free."""
     if parts is not None:
         return [
-            Check(part, Status.OK, "ready")
+            Check(f"ready: {part}", Status.OK, "yes")
             if ready
-            else Check(part, Status.FAIL, "not ready", "see the logs that `make serve` names")
+            else Check(f"ready: {part}", Status.FAIL, "not ready", "see the logs that `make serve` names")
             for part, ready in parts.items()
         ]
     record = RunFolder(settings.state).read()

@@ -215,6 +215,8 @@ class GovernedVLLMEngine(VLLMEngine):
             return EngineLoad()
         stats = [logger.last for logger in self._loggers]
         waiting = min(total, sum(item.num_waiting_reqs for item in stats))
+        places = self.client.scheduler_config.max_num_seqs * max(1, len(stats))
+        waiting = max(waiting, total - places)
         usage = max((item.kv_cache_usage for item in stats), default=0.0)
         return EngineLoad(total - waiting, waiting, round(usage * 1000))
 

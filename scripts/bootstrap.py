@@ -108,7 +108,7 @@ def probe(command: str) -> tuple[int, int] | None:
     """Version of an interpreter, or ``None`` if it does not run or cannot make environments."""
     code = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
     try:
-        answer = subprocess.run(
+        answer = subprocess.run(  # noqa: S603
             [command, "-I", "-c", code], capture_output=True, text=True, timeout=30
         )
         major, minor = answer.stdout.split()
@@ -136,7 +136,7 @@ def find_python(candidates: list[str] | None = None) -> str:
         elif shutil.which(candidate):
             found.append(f"{candidate} does not run or lacks venv")
     raise BootstrapError(
-        f"Gatehouse needs Python 3.11 or 3.12 with the venv module ({'; '.join(found) or 'none'}).\n"
+        f"Gatehouse needs Python 3.11 or 3.12 with venv ({'; '.join(found) or 'none found'}).\n"
         "  Install one (Debian, Ubuntu: `apt install python3.11 python3.11-venv`), or name it: "
         "`GATEHOUSE_PYTHON=/path/to/python3.12 make serve`."
     )
@@ -166,6 +166,11 @@ class Environment:
         scratch.replace(self.path / STAMP)
 
     @property
+    def ours(self) -> bool:
+        """Whether this script made the environment, and so may remove it."""
+        return "made_by" in self.stamp
+
+    @property
     def half_done(self) -> bool:
         """Whether an install of ours was cut short."""
         return (self.path / INSTALLING).exists()
@@ -176,18 +181,13 @@ class Environment:
         Raises:
             BootstrapError: ``.venv`` is not ours and not usable.
         """
-        stamp = self.stamp
-        if self.path.exists() and (self.half_done or stamp.get("profile", profile) != profile):
-            reason = "an earlier install was cut short" if self.half_done else "another profile"
-            with Step(f"remove .venv ({reason})"):
-                shutil.rmtree(self.path)
-        elif self.path.exists() and probe(str(self.python)) not in SUPPORTED:
-            if not stamp:
+        if self.path.exists() and (reason := self._unusable(profile)):
+            if not (self.ours or self.half_done):
                 raise BootstrapError(
-                    ".venv exists but its Python is missing or not 3.11 or 3.12.\n"
-                    "  Remove it (`rm -rf .venv`) and run the command again."
+                    f".venv cannot be used: {reason}.\n"
+                    "  It was not made by this script; remove it (`rm -rf .venv`) and run again."
                 )
-            with Step("remove .venv (its Python is gone)"):
+            with Step(f"remove .venv ({reason})"):
                 shutil.rmtree(self.path)
         if not self.path.exists():
             check_disk(self.root, NEEDED_GB[profile])
@@ -195,11 +195,22 @@ class Environment:
             with Step("create .venv"):
                 self._create(interpreter)
 
+    def _unusable(self, profile: str) -> str:
+        """Why the environment cannot be built upon, or nothing."""
+        if self.half_done:
+            return "an earlier install was cut short"
+        if probe(str(self.python)) not in SUPPORTED:
+            return "its Python is missing, or not 3.11 or 3.12"
+        # The CPU and the CUDA build of vLLM share one name.
+        found = self.stamp.get("profile", profile)
+        return "" if found == profile else f"it is for profile {found}"
+
     def _create(self, interpreter: str) -> None:
         self.path.mkdir()
         (self.path / INSTALLING).touch()
         command = [interpreter, "-m", "venv", str(self.path)]
         run_logged(command, self.root / "build" / "bootstrap-venv.log")
+        self.record(made_by="scripts/bootstrap.py")
 
     def finish(self) -> None:
         """Everything is installed: forget that an install was under way."""
@@ -207,7 +218,7 @@ class Environment:
 
     def begin(self) -> None:
         """Note that an install is under way, where the environment is ours to remove."""
-        if self.stamp:
+        if self.ours:
             (self.path / INSTALLING).touch()
 
 
@@ -233,7 +244,7 @@ def run_logged(command: list[str], log: Path) -> None:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as sink:
-        code = subprocess.run(
+        code = subprocess.run(  # noqa: S603
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
         ).returncode
     if code == 0:
@@ -300,7 +311,7 @@ def install(root: Path, profile: str, dev: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Install; 0 when ready, 1 with a clear line when not, 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description="Make .venv ready.")
     parser.add_argument("--profile", choices=sorted(NEEDED_GB), default="cpu")
     parser.add_argument("--dev", action="store_true", help="also the tools of `make test`")
     options = parser.parse_args(argv)

@@ -36,7 +36,7 @@ def lint() -> list[str]:
     for name, command in LINTERS.items():
         start_s = time.monotonic()
         program = str(BIN / command[0])
-        result = subprocess.run(
+        result = subprocess.run(  # noqa: S603
             [program, *command[1:]],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -56,7 +56,7 @@ def lint() -> list[str]:
 def test(folders: tuple[str, ...], arguments: list[str]) -> int:
     """One pytest session; its exit status."""
     command = [sys.executable, "-m", "pytest", "-p", "scripts.pytest_groups", "-q"]
-    return subprocess.run([*command, *folders, *arguments], cwd=ROOT).returncode
+    return subprocess.run([*command, *folders, *arguments], cwd=ROOT).returncode  # noqa: S603
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ def find_uv() -> str:
     if not (home / "bin" / "uv").exists():
         venv.create(home, with_pip=True)
         pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"uv=={UV_VERSION}"], check=True)
+        subprocess.run([*pip, f"uv=={UV_VERSION}"], check=True)  # noqa: S603
     return str(home / "bin" / "uv")
 
 
@@ -56,7 +56,7 @@ def compile_lock(uv: str, name: str, arguments: list[str], upgrade: bool) -> Non
         command += ["--universal", "--python-version", "3.11", "--generate-hashes", "--quiet"]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--no-annotate", "--no-header"]
         command += ["--overrides", str(LOCKS / "overrides.txt")]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603
         text = output.read_text()
     target.write_text(HEADER.format(name=name) + text)
     print(f"{target.relative_to(ROOT)}: {len(pins(text))} packages")

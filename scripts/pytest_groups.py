@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 
-_seconds: Counter[str] = Counter()
-_tests: Counter[str] = Counter()
+_seconds: defaultdict[str, float] = defaultdict(float)
+_tests: defaultdict[str, int] = defaultdict(int)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -105,11 +104,3 @@ class InstantEngine:
     async def __del__(self) -> None:
         await self._server.close()
         await self._control.stop()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -1,10 +1,13 @@
 """Ray's own OpenAI ingress (``ray.serve.llm``) over an instant engine, for comparison.
 
-Imported in Ray workers through ``RAYLLM_VLLM_ENGINE_CLS``; needs vLLM, as Ray's ingress does.
+Everything in front of the engine interface is Ray's, with its defaults; tokens of a stream are
+thus put together for up to 50 ms (``MODEL_RESPONSE_BATCH_TIMEOUT_MS``). Imported in Ray workers through ``RAYLLM_VLLM_ENGINE_CLS``; needs vLLM, as Ray's ingress does.
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,6 +21,7 @@ _EVENTS = [
     part.decode()
     for part in (_FIRST, *(chunk({"content": word}) for word in STREAM_WORDS), _LAST, _USAGE)
 ] + ["data: [DONE]\n\n"]
+_PACE = re.compile(r"pace=(\d+)")
 _ANSWER = {
     "id": "chatcmpl-mock",
     "object": "chat.completion",
@@ -57,9 +61,12 @@ class InstantStockEngine(LLMEngine):  # type: ignore[misc]
         """No adapters."""
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
-        """The fixed answer."""
+        """The fixed answer; ``pace=N`` in the prompt waits N ms before each word."""
         if request.stream:
-            for event in _EVENTS:
+            pace = _PACE.search(str(request.messages[-1]))
+            for index, event in enumerate(_EVENTS):
+                if pace and 0 < index <= len(STREAM_WORDS):
+                    await asyncio.sleep(int(pace[1]) / 1000)
                 yield event
         else:
             yield ChatCompletionResponse.model_validate(orjson.loads(orjson.dumps(_ANSWER)))
@@ -73,3 +80,11 @@ class InstantStockEngine(LLMEngine):  # type: ignore[misc]
         """Not part of the measurement."""
         raise NotImplementedError
         yield
+
+    async def transcriptions(self, request: Any, info: Any = None) -> AsyncGenerator[Any, None]:
+        """Not part of the measurement."""
+        raise NotImplementedError
+        yield
+
+    async def reset_prefix_cache(self) -> None:
+        """There is none."""

@@ -134,7 +134,7 @@ def revoke() -> None:
 
 @revoke.command(name="token")
 @click.argument("token_id")
-@click.option("--expires-at", type=int, help="Unix seconds; left out, kept for a day.")
+@click.option("--expires-at", type=int, help="Unix seconds; left out, kept for 36 hours.")
 @click.option("--reason", help="For the record.")
 @with_gateway
 @json_option

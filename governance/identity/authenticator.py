@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from governance.control.snapshot import Revocations
@@ -34,6 +35,17 @@ class KeyChecker(Protocol):
             ControlUnavailable: The copy of keys is too old to say.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A token that was checked, as the cache keeps it."""
+
+    principal: Principal
+    twin_hash: str | None
+    """SHA-256 in hex of ``VerifiedToken.twin``: revoking one text revokes the other."""
+    until_s: float
+    """End of its stay in the cache, on the monotonic clock."""
 
 
 class BearerAuthenticator:
@@ -81,8 +93,8 @@ class BearerAuthenticator:
             for url, jwks_uri in issuer.key_urls().items()
         }
         self._verifier = TokenVerifier(config.issuers, keys, clock)
-        self._verified: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
-        """Token digest -> end on the monotonic clock, principal; least recently used first."""
+        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
+        """By token digest; least recently used first."""
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Verify the value of an Authorization header.
@@ -102,39 +114,48 @@ class BearerAuthenticator:
             raise Unauthenticated()
         if is_service_key(credential):
             return self._service_keys.check(credential)
-        principal = await self._token(credential)
-        self._refuse_revoked(principal)
-        return principal
+        verified = await self._token(credential)
+        self._refuse_revoked(verified)
+        return verified.principal
 
     def clear(self) -> None:
         """Forget verified tokens."""
         self._verified.clear()
 
-    async def _token(self, token: str) -> Principal:
-        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+    async def _token(self, token: str) -> _Verified:
+        digest = _digest(token)
         known = self._verified.get(digest)
         # Both clocks: the cached minute must not grow when the wall clock is set back.
         if (
             known is not None
-            and self._monotonic() < known[0]
-            and self._clock() < known[1].expires_at_us
+            and self._monotonic() < known.until_s
+            and self._clock() < known.principal.expires_at_us
         ):
             self._verified.move_to_end(digest)
-            return known[1]
-        verified = await self._verifier.verify(token)
-        principal = principal_of(verified, self._config, self._pepper, digest.hex())
-        self._verified[digest] = (self._monotonic() + CACHE_S, principal)
+            return known
+        checked = await self._verifier.verify(token)
+        verified = _Verified(
+            principal=principal_of(checked, self._config, self._pepper, digest.hex()),
+            twin_hash=_digest(checked.twin).hex() if checked.twin else None,
+            until_s=self._monotonic() + CACHE_S,
+        )
+        self._verified[digest] = verified
         self._verified.move_to_end(digest)
         if len(self._verified) > MAX_CACHED:
             self._verified.popitem(last=False)
-        return principal
+        return verified
 
-    def _refuse_revoked(self, principal: Principal) -> None:
-        revoked = self._revocations()
+    def _refuse_revoked(self, verified: _Verified) -> None:
+        principal, revoked = verified.principal, self._revocations()
         not_before_us = revoked.subjects.get((principal.issuer, principal.subject))
         if (
             principal.token_hash in revoked.token_ids
+            or verified.twin_hash in revoked.token_ids
             or principal.token_id in revoked.token_ids
             or (not_before_us is not None and principal.issued_at_us < not_before_us)
         ):
             raise RevokedCredential()
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()

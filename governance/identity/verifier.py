@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from jose import jwk as jose_jwk
 from jose.exceptions import JOSEError
 
@@ -42,6 +43,11 @@ _REFUSED_HEADERS = frozenset({"crit", "jku", "jwk", "x5u", "x5c", "zip", "b64", 
 beside ``kid``, and nothing here reads it."""
 _KEY_TYPES = {"RS": "RSA", "ES": "EC"}
 _CURVES = {"ES256": "P-256", "ES384": "P-384", "ES512": "P-521"}
+_ORDERS = {
+    "ES256": ec.SECP256R1.group_order,
+    "ES384": ec.SECP384R1.group_order,
+    "ES512": ec.SECP521R1.group_order,
+}
 _BASE64URL = re.compile(rb"[A-Za-z0-9_-]+\Z")
 
 
@@ -74,6 +80,9 @@ class VerifiedToken:
     claims: Mapping[str, Any]
     issued_at_us: int
     expires_at_us: int
+    twin: str | None = None
+    """The one other text that passes for this token, or ``None`` with RSA: if (r, s) is an ECDSA
+    signature then so is (r, -s), and no key is needed to compute it."""
 
 
 class UnusableKey(ValueError):
@@ -108,6 +117,8 @@ def build_key(published: Mapping[str, Any], algorithm: str) -> Key:
         raise UnusableKey(f"RSA key has not {MIN_RSA_BITS} to {MAX_RSA_BITS} bits")
     public = ("kty", "n", "e", "crv", "x", "y")
     parts = {name: published[name] for name in public if name in published}
+    if not all(isinstance(part, str) for part in parts.values()):
+        raise UnusableKey("malformed key")
     try:
         key: Key = jose_jwk.construct(parts, algorithm)
     except (JOSEError, ValueError, TypeError, KeyError, AttributeError):
@@ -154,7 +165,15 @@ class TokenVerifier:
         key = await self._keys[url].key(kid, algorithm)
         if key is None or not _signature_is_good(key, signed, signature):
             raise Unauthenticated()
-        return self._check_claims(issuer, kid, claims)
+        issued_s, expires_s = self._check_claims(issuer, claims)
+        return VerifiedToken(
+            issuer=issuer,
+            kid=kid,
+            claims=claims,
+            issued_at_us=int(issued_s * 1_000_000),
+            expires_at_us=int(expires_s * 1_000_000),
+            twin=_twin(signed, signature, algorithm),
+        )
 
     def _issuer(self, claims: Mapping[str, Any]) -> tuple[str, IssuerConfig]:
         """Choose the configured issuer by the unverified ``iss``; it only selects keys."""
@@ -164,9 +183,8 @@ class TokenVerifier:
             raise Unauthenticated()
         return url, issuer
 
-    def _check_claims(
-        self, issuer: IssuerConfig, kid: str, claims: Mapping[str, Any]
-    ) -> VerifiedToken:
+    def _check_claims(self, issuer: IssuerConfig, claims: Mapping[str, Any]) -> tuple[float, float]:
+        """Check what the token says; gives the times of issue and expiry, in seconds."""
         now_s = self._clock() / 1_000_000
         audience = claims.get("aud")
         audiences = [audience] if isinstance(audience, str) else audience
@@ -189,9 +207,7 @@ class TokenVerifier:
             raise Unauthenticated()
         if expires_s <= now_s - LEEWAY_S:
             raise ExpiredCredential()
-        return VerifiedToken(
-            issuer, kid, claims, int(issued_s * 1_000_000), int(expires_s * 1_000_000)
-        )
+        return issued_s, expires_s
 
 
 def _parse(token: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
@@ -229,7 +245,7 @@ def _decode(part: bytes) -> bytes:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """A JSON object without duplicate names, NaN or Infinity."""
+    """A JSON object without duplicate names, NaN, Infinity or lone surrogates."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -243,6 +259,9 @@ def _object(data: bytes) -> dict[str, Any]:
     value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     if not isinstance(value, dict):
         raise ValueError("not an object")
+    if b"\\u" in data:
+        # Half a character can be escaped in JSON, but no record could hold it.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
@@ -275,6 +294,16 @@ def _signature_is_good(key: Key, signed: bytes, signature: bytes) -> bool:
         return key.verify(signed, signature)
     except (JOSEError, ValueError, TypeError):
         return False
+
+
+def _twin(signed: bytes, signature: bytes, algorithm: str) -> str | None:
+    order = _ORDERS.get(algorithm)
+    if order is None:
+        return None
+    half = len(signature) // 2
+    other = order - int.from_bytes(signature[half:], "big")
+    encoded = base64.urlsafe_b64encode(signature[:half] + other.to_bytes(half, "big"))
+    return (signed + b"." + encoded.rstrip(b"=")).decode("ascii")
 
 
 def _time(claims: Mapping[str, Any], name: str) -> float:

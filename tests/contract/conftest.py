@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from benchmarks.platform import free_port
 from deployments.api.admin import AdminApi
 from deployments.api.app import create_app
 from deployments.api.completions import BodyLimits
@@ -56,13 +56,6 @@ class Server:
     @property
     def v1(self) -> str:
         return f"{self.url}/v1"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ class EngineHost:
         await asyncio.gather(task, return_exceptions=True)
         # The engine's own count: a request that came after it was told of the abort.
         await self.ask("chat", {**body, "max_completion_tokens": 1})
-        while self.backend.load().running or self._engine_running():
+        while self.backend.load().running or self._engine_running():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         return before, time.monotonic() - started
 
@@ -153,7 +153,7 @@ class EngineHost:
             Error of that answer, error of the next, whether the death is known.
         """
         running = asyncio.create_task(self.ask("chat", body))
-        while not self.backend.load().running:
+        while not self.backend.load().running:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for process in psutil.Process(os.getpid()).children(recursive=True):
             if "EngineCore" in " ".join(process.cmdline()):

@@ -44,9 +44,7 @@ def test_both_tiers_answer_with_their_own_weights(platform: Platform, model: str
 def test_tiers_have_different_versions(platform: Platform) -> None:
     client = platform.openai("data-scientist")
     versions = {
-        client.chat.completions.create(
-            model=model, messages=HELLO, max_tokens=2
-        ).system_fingerprint
+        client.chat.completions.create(model=model, messages=HELLO, max_tokens=2).system_fingerprint
         for model in ("small", "large")
     }
     assert len(versions) == 2
@@ -125,9 +123,7 @@ def test_choices_logprobs_seed_and_stop(platform: Platform) -> None:
         assert choice.logprobs is not None
         assert choice.logprobs.content is not None
         assert len(choice.logprobs.content[0].top_logprobs) == 2
-    again = client.chat.completions.create(
-        model="small", messages=HELLO, max_tokens=5, n=2, seed=7
-    )
+    again = client.chat.completions.create(model="small", messages=HELLO, max_tokens=5, n=2, seed=7)
     assert [c.message.content for c in again.choices] == [c.message.content for c in two.choices]
     text = two.choices[0].message.content or ""
     if len(text) > 3:

@@ -134,9 +134,10 @@ def test_chat_is_a_stream_that_carries_ids_usage_and_weights(ask: Ask) -> None:
     assert {event["model"] for event in events(answer)} == {"small"}
     assert events(answer)[-1]["choices"][0]["finish_reason"] == "stop"
     assert events(answer)[-1]["system_fingerprint"] == VERSION
-    assert answer["usage"].prompt_tokens == 12
-    assert answer["usage"].completion_tokens == 12
-    assert json.loads(answer["usage_event"].removeprefix(b"data: "))["choices"] == []
+    usage_event = json.loads(answer["usage_event"].removeprefix(b"data: "))
+    assert usage_event["choices"] == []
+    assert usage_event["usage"]["total_tokens"] == answer["usage"].total_tokens
+    assert answer["usage"].prompt_tokens > 10 < answer["usage"].completion_tokens
     assert not any(b"[DONE]" in chunk for chunk in answer["chunks"])
 
 
@@ -247,7 +248,7 @@ def test_the_ticket_bounds_the_context(ask: Ask) -> None:
             "invalid_request",
             None,
         ),
-        ({"n": "many"}, "engine_failed", None),
+        ({"n": "many"}, "invalid_request", "n"),
     ],
 )
 def test_refusals_come_before_the_start_in_our_words(

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from flask.testing import FlaskClient
 from werkzeug.serving import make_server
 
 from deployments import dev_idp
 from deployments.dev_token import TokenError, fetch_token
 from deployments.jwks_fetch import JwksFetcher
+from governance.control.snapshot import Revocations
+from governance.identity.authenticator import BearerAuthenticator
+from governance.identity.config import IdentityConfig, load_identity
+from tests.unit import forge
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCAL = ROOT / "config" / "identity.local.yaml"
+CALLBACK = "http://127.0.0.1:5000/callback"
+VERIFIER = "v" * 64
+CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest())[:-1].decode()
+AUTHORIZE = {
+    "response_type": "code",
+    "client_id": dev_idp.CLIENT_ID,
+    "redirect_uri": CALLBACK,
+    "scope": "openid",
+    "state": "s-1",
+    "login_hint": "hr-analyst",
+    "code_challenge": CHALLENGE,
+    "code_challenge_method": "S256",
+}
 
 
 @pytest.fixture
@@ -85,3 +110,154 @@ def test_it_binds_nothing_but_loopback(tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as stopped:
             dev_idp.main([*arguments, "--key-dir", str(tmp_path)])
         assert stopped.value.code == 2
+
+
+class NoKeys:
+    """No service keys here."""
+
+    def check(self, presented: str) -> Any:
+        raise AssertionError(presented)
+
+
+SAMPLE = {
+    "hr-analyst": ("hr", {"employee", "analyst"}),
+    "data-scientist": ("data-science", {"employee", "data-scientist"}),
+    "marketing-intern": ("marketing", {"employee", "intern"}),
+    "platform-admin": ("platform", {"employee", "platform-admin"}),
+    "security-officer": ("security", {"employee", "security-officer"}),
+}
+
+
+async def test_its_tokens_pass_the_gateways_own_check(issuer: str) -> None:
+    """With the file that `make serve` uses, but for the port."""
+    shipped = load_identity(LOCAL, local=True).model_dump()
+    assert shipped["issuers"][0]["issuer"] == "http://127.0.0.1:8100"
+    shipped["issuers"][0]["issuer"] = issuer
+    door = BearerAuthenticator(
+        IdentityConfig.model_validate(shipped),
+        fetch=JwksFetcher(allow_loopback_http=True),
+        pepper=forge.PEPPER,
+        service_keys=NoKeys(),
+        revocations=Revocations,
+        clock=lambda: time.time_ns() // 1000,
+        monotonic=time.monotonic,
+        allow_loopback_http=True,
+    )
+    assert set(SAMPLE) == set(dev_idp.IDENTITIES)
+    for identity, (department, roles) in SAMPLE.items():
+        principal = await door.authenticate(f"Bearer {fetch_token(issuer, identity)}")
+        assert (principal.department, principal.roles) == (department, roles)
+        assert principal.subject == identity
+        assert principal.token_id
+
+
+# What the flow refuses
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlaskClient:
+    monkeypatch.setenv("AUTHLIB_INSECURE_TRANSPORT", "1")
+    app = dev_idp.create_app("http://127.0.0.1:8100", dev_idp.load_key(tmp_path))
+    return app.test_client()
+
+
+def get(client: FlaskClient, path: str, query: dict[str, str] | None = None, **more: Any) -> Any:
+    return client.get(path, query_string=query, base_url="http://127.0.0.1:8100", **more)
+
+
+def code(client: FlaskClient) -> str:
+    answer = get(client, "/authorize", AUTHORIZE)
+    query = parse_qs(urlsplit(answer.headers["location"]).query)
+    assert query["state"] == ["s-1"]
+    return query["code"][0]
+
+
+def redeem(client: FlaskClient, **change: str) -> Any:
+    form = {
+        "grant_type": "authorization_code",
+        "client_id": dev_idp.CLIENT_ID,
+        "redirect_uri": CALLBACK,
+        "code_verifier": VERIFIER,
+        **change,
+    }
+    form = {name: value for name, value in form.items() if value}
+    return client.post("/token", data=form, base_url="http://127.0.0.1:8100")
+
+
+def test_a_code_is_good_once(client: FlaskClient) -> None:
+    one = code(client)
+    assert redeem(client, code=one).status_code == 200
+    assert redeem(client, code=one).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_verifier": "w" * 64},
+        {"code_verifier": ""},
+        {"code_verifier": CHALLENGE},
+        {"redirect_uri": "http://127.0.0.1:5001/callback"},
+        {"client_id": "another"},
+        {"grant_type": "client_credentials"},
+        {"grant_type": "password"},
+        {"code": "made-up"},
+    ],
+    ids=str,
+)
+def test_a_code_in_the_wrong_hands(client: FlaskClient, change: dict[str, str]) -> None:
+    answer = redeem(client, **{"code": code(client), **change})
+    assert answer.status_code in (400, 401)
+    assert "access_token" not in answer.text
+
+
+def test_a_code_that_is_old(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = code(client)
+    later_s = time.monotonic() + dev_idp.CODE_LIFETIME_S + 1
+    monkeypatch.setattr(dev_idp.time, "monotonic", lambda: later_s)
+    assert redeem(client, code=one).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_challenge_method": "plain"},
+        {"code_challenge_method": ""},
+        {"code_challenge": ""},
+        {"client_id": "another"},
+        {"response_type": "token"},
+        {"redirect_uri": "https://attacker.example/callback"},
+        {"redirect_uri": "http://127.0.0.1.attacker.example/callback"},
+        {"redirect_uri": "http://127.0.0.1@attacker.example/callback"},
+    ],
+    ids=str,
+)
+def test_requests_that_get_no_code(client: FlaskClient, change: dict[str, str]) -> None:
+    query = {name: value for name, value in {**AUTHORIZE, **change}.items() if value}
+    answer = get(client, "/authorize", query)
+    assert "code=" not in answer.headers.get("location", "")
+    assert "attacker" not in answer.headers.get("location", "")
+
+
+@pytest.mark.parametrize("host", ["attacker.example", "attacker.example:8100", "127.0.0.1.nip.io"])
+@pytest.mark.parametrize("path", ["/authorize", "/", "/jwks"])
+def test_a_name_that_was_rebound_to_loopback(client: FlaskClient, host: str, path: str) -> None:
+    answer = client.get(path, query_string=AUTHORIZE, base_url=f"http://{host}")
+    assert answer.status_code == 400
+    assert "location" not in answer.headers
+
+
+def test_no_page_may_read_what_it_answers(client: FlaskClient) -> None:
+    answer = get(client, "/jwks", headers={"origin": "https://attacker.example"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers.keys() if name.lower().startswith("access-control")]
+
+
+def test_the_page_to_choose_on(client: FlaskClient) -> None:
+    query = {**AUTHORIZE, "state": '"><script>alert(1)</script>'}
+    del query["login_hint"]
+    page = get(client, "/authorize", query).text
+    assert all(f'value="{name}"' in page for name in dev_idp.IDENTITIES)
+    assert CHALLENGE in page
+    assert "<script>" not in page
+    for name in dev_idp.IDENTITIES:
+        assert name in get(client, "/").text
