@@ -158,9 +158,7 @@ def free_port() -> int:
 
 
 def write_config(directory: Path, issuer: str) -> Path:
-    """The local configuration with an issuer of its own, plus an embedding model, so that each
-    endpoint has an engine.
-    """
+    """Write the local configuration, with an issuer of its own and a model for embeddings."""
     config = yaml.safe_load((ROOT / "serve_config.local.yaml").read_text())
     args = config["applications"][0]["args"]
     identity = yaml.safe_load((ROOT / args["identity"]).read_text())

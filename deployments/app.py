@@ -41,7 +41,7 @@ def assemble(args: AppConfig, engine: type) -> Application:
 
     Args:
         args: What runs.
-        engine: Constructed with (model, state_dir); benchmarks pass one without a model.
+        engine: Constructed with (model, state_dir, host); benchmarks pass one without a model.
 
     Raises:
         ConfigError: As ``build_app``.
@@ -52,10 +52,12 @@ def assemble(args: AppConfig, engine: type) -> Application:
     policy = load_policy(root / args.policy, args.model_infos())
     state = str(settings.state)
     deployment: Any = serve.deployment
+    # Ray replaces a loopback node address by an outer one, so local mode names it here.
+    host = "127.0.0.1" if args.mode == "local" else None
     models = [located(model, root) for model in args.models]
     engines = {
         model.id: deployment(engine, **engine_options(model)).bind(
-            model.model_dump(mode="json"), state
+            model.model_dump(mode="json"), state, host
         )
         for model in models
     }

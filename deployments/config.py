@@ -92,6 +92,15 @@ class ModelConfig(Section):
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, passed unchanged."""
 
+    @model_validator(mode="after")
+    def _never_to_zero(self) -> "ModelConfig":
+        if self.replicas.min < 1:
+            raise ValueError(
+                "replicas.min must be at least 1: requests reach engines without Serve, so a "
+                "model that went to zero would not be woken"
+            )
+        return self
+
     @field_validator("engine")
     @classmethod
     def _ours_alone(cls, engine: dict[str, Any]) -> dict[str, Any]:

@@ -60,13 +60,14 @@ class EngineDeployment:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, model: dict[str, Any], state_dir: str
+        self, model: dict[str, Any], state_dir: str, host: str | None = None
     ) -> None:
         """Start everything.
 
         Args:
             model: Dump of ``ModelConfig`` with absolute directories (``located``).
             state_dir: State root: the control plane's storage, and remembered digests.
+            host: Address to listen on; ``None`` for the node's, which Ray knows.
         """
         self.model = ModelConfig.model_validate(model)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
@@ -81,15 +82,14 @@ class EngineDeployment:
         self.data_plane = DataPlaneServer(
             self.engine, verifier, self.replica_id, max_in_flight=self.model.max_in_flight
         )
-        # Only the address that is registered: on one machine that is loopback.
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        port = await self.data_plane.start(host, 0, server_context(os.environ))
+        address: str = host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        port = await self.data_plane.start(address, 0, server_context(os.environ))
         await self.control.set_registration(
             ReplicaAddress(
                 self.replica_id,
                 self.model.id,
                 served,
-                host,
+                address,
                 port,
                 self.versions[self.model.id],
                 self.engine_version,

@@ -160,9 +160,7 @@ class GatewayIngress:
                 allow_loopback_http=local,
             ),
             policy=self.policy,
-            limiter=RateLimiter(
-                time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))
-            ),
+            limiter=RateLimiter(time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))),
             inspector=NullInspector(),
             router=FixedRouter(),
             ledger=NullLedger(),

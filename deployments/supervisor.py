@@ -201,13 +201,13 @@ class Supervisor:
             raise MachineUnfit(failed)
 
     def _prepare_checkpoints(self, folder: Path, step: Step) -> None:
-        from deployments.checkpoints import build_all
+        from deployments.checkpoints import build_apart
 
         def report(line: str) -> None:
             step.detail = line
 
         try:
-            build_all(folder, report)
+            build_apart(folder, report)
         except OSError as error:
             reason = error.strerror or str(error)
             raise StartError(

@@ -136,7 +136,7 @@ class RevokedCredential(Unauthenticated):
 
 
 class NotPermitted(GatehouseError):
-    """This identity may not do that."""
+    """Not permitted to this identity."""
 
     status, code, type = 403, "not_permitted", "permission_error"
 

@@ -164,9 +164,8 @@ class Gateway:
             raise
         except Exception as error:
             failure = InternalError()
-            failure.__cause__ = error
-            self._failed(turn, failure)
-            raise failure
+            self._failed(turn, failure, error)
+            raise failure from error
         finally:
             if not turn.ended_us:
                 await self._shielded(self._close(turn))
@@ -210,9 +209,7 @@ class Gateway:
             )
         return decision
 
-    async def _decode_tokens(
-        self, model: ModelInfo, request: InferenceRequest
-    ) -> InferenceRequest:
+    async def _decode_tokens(self, model: ModelInfo, request: InferenceRequest) -> InferenceRequest:
         """Turn token-id prompts into text, so that inspection sees what the model will."""
         tokens = token_prompts(request)
         if not tokens:
@@ -318,12 +315,12 @@ class Gateway:
 
     # -- the end ------------------------------------------------------------------------------
 
-    def _failed(self, turn: Turn, error: GatehouseError) -> None:
+    def _failed(self, turn: Turn, error: GatehouseError, cause: Exception | None = None) -> None:
         turn.outcome = Outcome.FAILED if error.status >= 500 else Outcome.REFUSED
         turn.error_code, turn.status = error.code, error.status
         if turn.outcome is Outcome.FAILED:
             # Our own errors carry no text of others, so the chain of them may be logged.
-            log.error("request %s failed: %s", turn.request_id, error.code, exc_info=error)
+            log.error("request %s failed: %s", turn.request_id, error.code, exc_info=cause or error)
 
     async def _close(self, turn: Turn) -> None:
         """Settle and record, once per turn."""

@@ -63,7 +63,7 @@ class NullLedger:
     announce = "budgets: off - GPU time is neither measured nor limited per department"
 
     async def reserve(self, turn: Turn) -> Reservation:
-        """Give a reservation without an account; its id still ties the engine's work to the turn."""
+        """Give a reservation without an account; its id ties the engine's work to the turn."""
         return Reservation(id=turn.request_id)
 
     async def settle(self, turn: Turn) -> None:

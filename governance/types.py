@@ -233,7 +233,7 @@ class Dispatch:
     affinity: str | None = None
     """Key of the conversation or shared prefix; equal keys prefer the same replica."""
     context_tokens: int | None = None
-    """Most tokens of prompt and answer that policy allows; the engine, which counts, enforces it."""
+    """Most tokens of prompt and answer by policy; the engine, which counts, enforces it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +248,11 @@ class EngineStarted:
 
 @dataclass(frozen=True, slots=True)
 class EngineChunk:
-    """One or more complete server-sent events (``data: {...}\\n\\n`` each), or the JSON body of
-    an embeddings answer. Never ``[DONE]``, never an error, never the usage event."""
+    """A piece of an answer.
+
+    One or more complete server-sent events, each ``data: {...}`` and a blank line; or the JSON
+    body of an embeddings answer. Never ``[DONE]``, never an error, never the usage event.
+    """
 
     data: bytes
 

@@ -24,10 +24,11 @@ from governance.control.snapshot import ReplicaAddress
 from governance.types import EngineChunk, EngineEvent, EngineFinished, EngineStarted, Usage
 
 STREAM_WORDS = (" word",) * 50
-PLAIN_WORDS = tuple(
-    " the quick brown fox jumps over the lazy dog and keeps running through the quiet forest "
-    "until the evening light fades away.".split(" ")[1:]
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog and keeps running through the quiet forest "
+    "until the evening light slowly fades far away."
 )
+PLAIN_WORDS = tuple(f"{' ' * bool(number)}{word}" for number, word in enumerate(_TEXT.split()))
 _PACE = re.compile(rb"pace=(\d+)")
 _HEAD = {"id": "chatcmpl-mock", "object": "chat.completion.chunk", "created": 1700000000}
 
@@ -83,7 +84,9 @@ class InstantBackend:
 class InstantEngine:
     """Engine deployment around ``InstantBackend``, for ``deployments.app.assemble``."""
 
-    async def __init__(self, model: dict[str, Any], state_dir: str) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, model: dict[str, Any], state_dir: str, host: str | None = None
+    ) -> None:
         self._control = ControlClient(state_dir)
         replica_id = f"instant-{os.getpid()}"
 
@@ -94,7 +97,7 @@ class InstantEngine:
         self._server = DataPlaneServer(
             InstantBackend(replica_id), verifier, replica_id, max_in_flight=4096
         )
-        port = await self._server.start()
+        port = await self._server.start(host or "127.0.0.1")
         version = "sha256:" + "0" * 64
         address = ReplicaAddress(
             replica_id, model["id"], (model["id"],), "127.0.0.1", port, version, "instant"

@@ -155,9 +155,7 @@ def main() -> int:
             _node_ip_address="127.0.0.1",
         )
         quiet = {"enable_access_log": False}
-        serve.start(
-            http_options={"host": "127.0.0.1", "port": options.port}, logging_config=quiet
-        )
+        serve.start(http_options={"host": "127.0.0.1", "port": options.port}, logging_config=quiet)
         app, token, stop_issuer = gatehouse(options) if options.target == "gatehouse" else stock()
         serve.run(app, name="bench", route_prefix="/", logging_config=quiet)  # type: ignore[arg-type]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has set one of its own

@@ -1,7 +1,8 @@
 """Ray's own OpenAI ingress (``ray.serve.llm``) over an instant engine, for comparison.
 
 Everything in front of the engine interface is Ray's, with its defaults; tokens of a stream are
-thus put together for up to 50 ms (``MODEL_RESPONSE_BATCH_TIMEOUT_MS``). Imported in Ray workers through ``RAYLLM_VLLM_ENGINE_CLS``; needs vLLM, as Ray's ingress does.
+thus put together for up to 50 ms (``MODEL_RESPONSE_BATCH_TIMEOUT_MS``). Imported in Ray workers
+through ``RAYLLM_VLLM_ENGINE_CLS``; needs vLLM, as Ray's ingress does.
 """
 
 from __future__ import annotations

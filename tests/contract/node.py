@@ -29,8 +29,10 @@ def install(project: Path) -> Path:
         for name in ("package.json", "package-lock.json"):
             shutil.copy(project / name, target)
         subprocess.run(
-            [NODE, BIN.parent / "lib/node_modules/npm/bin/npm-cli.js"]
-            + ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"],
+            [
+                *(NODE, BIN.parent / "lib/node_modules/npm/bin/npm-cli.js", "ci"),
+                *("--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"),
+            ],
             cwd=target,
             env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
             check=True,

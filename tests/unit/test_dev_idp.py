@@ -119,7 +119,7 @@ class NoKeys:
         raise AssertionError(presented)
 
 
-SAMPLE = {
+SAMPLE: dict[str, tuple[str, set[str]]] = {
     "hr-analyst": ("hr", {"employee", "analyst"}),
     "data-scientist": ("data-science", {"employee", "data-scientist"}),
     "marketing-intern": ("marketing", {"employee", "intern"}),
@@ -146,7 +146,8 @@ async def test_its_tokens_pass_the_gateways_own_check(issuer: str) -> None:
     assert set(SAMPLE) == set(dev_idp.IDENTITIES)
     for identity, (department, roles) in SAMPLE.items():
         principal = await door.authenticate(f"Bearer {fetch_token(issuer, identity)}")
-        assert (principal.department, principal.roles) == (department, roles)
+        assert principal.department == department
+        assert principal.roles == roles
         assert principal.subject == identity
         assert principal.token_id
 
@@ -169,7 +170,7 @@ def code(client: FlaskClient) -> str:
     answer = get(client, "/authorize", AUTHORIZE)
     query = parse_qs(urlsplit(answer.headers["location"]).query)
     assert query["state"] == ["s-1"]
-    return query["code"][0]
+    return str(query["code"][0])
 
 
 def redeem(client: FlaskClient, **change: str) -> Any:
@@ -211,10 +212,8 @@ def test_a_code_in_the_wrong_hands(client: FlaskClient, change: dict[str, str]) 
 
 
 def test_a_code_that_is_old(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = code(client)
-    later_s = time.monotonic() + dev_idp.CODE_LIFETIME_S + 1
-    monkeypatch.setattr(dev_idp.time, "monotonic", lambda: later_s)
-    assert redeem(client, code=one).status_code == 400
+    monkeypatch.setattr(dev_idp, "CODE_LIFETIME_S", 0)
+    assert redeem(client, code=code(client)).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ def test_a_name_that_was_rebound_to_loopback(client: FlaskClient, host: str, pat
 def test_no_page_may_read_what_it_answers(client: FlaskClient) -> None:
     answer = get(client, "/jwks", headers={"origin": "https://attacker.example"})
     assert answer.status_code == 200
-    assert not [name for name in answer.headers.keys() if name.lower().startswith("access-control")]
+    assert "access-control-allow-origin" not in answer.headers
 
 
 def test_the_page_to_choose_on(client: FlaskClient) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -115,6 +115,14 @@ class Setup:
         async with aclosing(self.gateway.exchange(call)) as events:
             return [event async for event in events]
 
+    @staticmethod
+    async def until(condition: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("did not happen")
+
     @property
     def turn(self) -> Turn:
         return self.audit.entries[-1][1]
@@ -219,9 +227,13 @@ async def test_nothing_is_served_when_the_decision_cannot_be_recorded() -> None:
 async def test_an_engine_that_dies_in_mid_stream_is_a_failure_without_an_end() -> None:
     setup = Setup(ScriptedEngine(("a", "b"), fail_at=1, failure=EngineFailed()))
     seen: list[GatewayEvent] = []
-    with pytest.raises(EngineFailed):
+
+    async def consume() -> None:
         async for event in setup.gateway.exchange(setup.call()):
             seen.append(event)
+
+    with pytest.raises(EngineFailed):
+        await consume()
     assert not any(isinstance(event, Answer) for event in seen)
     assert setup.turn.outcome is Outcome.FAILED
     assert setup.ledger.settled
@@ -247,8 +259,7 @@ async def test_a_client_that_leaves_aborts_the_engine_and_is_still_recorded() ->
         await setup.run(setup.call())
 
     task = asyncio.create_task(consume())
-    while not setup.audit.entries:
-        await asyncio.sleep(0)
+    await setup.until(lambda: bool(setup.audit.entries))
     for _ in range(5):
         await asyncio.sleep(0)
     task.cancel()
@@ -264,8 +275,7 @@ async def test_a_client_that_leaves_aborts_the_engine_and_is_still_recorded() ->
 async def test_a_second_cancellation_does_not_stop_the_record() -> None:
     setup = Setup(ScriptedEngine(("a",), hang_at=0))
     task = asyncio.create_task(setup.run(setup.call()))
-    while not setup.audit.entries:
-        await asyncio.sleep(0)
+    await setup.until(lambda: bool(setup.audit.entries))
     for _ in range(3):
         task.cancel()
         await asyncio.sleep(0)
@@ -278,8 +288,7 @@ async def test_a_second_cancellation_does_not_stop_the_record() -> None:
 async def test_parallel_places_return_when_a_turn_ends() -> None:
     setup = Setup(ScriptedEngine(hang_at=0))
     hanging = [asyncio.create_task(setup.run(setup.call())) for _ in range(2)]
-    while len(setup.engine.dispatched) < 2:
-        await asyncio.sleep(0)
+    await setup.until(lambda: len(setup.engine.dispatched) == 2)
     with pytest.raises(TooManyParallel) as caught:
         await setup.run(setup.call())
     assert caught.value.retry_after_s

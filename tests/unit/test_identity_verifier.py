@@ -500,6 +500,18 @@ def test_a_whole_key_set_is_no_key() -> None:
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [("RS256", "EC"), ("ES256", "RSA")]
+    + [(a, k) for a in ("RS256", "ES256") for k in ("oct", "OKP", "rsa", "ec", None, ["RSA"])],
+)
+def test_the_key_type_is_our_own_check(algorithm: str, kind: object) -> None:
+    """Refused before the library sees the key, which has an opinion of its own."""
+    key = forge.rsa_jwk(forge.rsa_key()) | forge.ec_jwk(forge.ec_key())
+    with pytest.raises(UnusableKey, match="key type"):
+        build_key({**key, "kty": kind}, algorithm)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"kty": "EC"},
