@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -76,12 +75,12 @@ class Targets:
     def spawn(
         self, name: str, command: list[str], *, stop_s: float, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start a process with its output in ``build/bench/<name>.log``, stdout to us."""
+        """Start a process with its output in ``build/bench/<name>.log``."""
         with (BUILD / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if "serve_target" in " ".join(command) else log,
+                stdout=log,
                 stderr=log,
                 text=True,
                 env={**os.environ, **(env or {})},
@@ -192,16 +191,24 @@ def start_serve(targets: Targets, name: str, *options: str) -> Target:
     command = [sys.executable, "-m", "benchmarks.gateway.serve_target", name]
     command += ["--port", str(port), "--state", str(state), *options]
     process = targets.spawn(name, command, stop_s=STOP_S)
-    assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], START_S)
-    line = process.stdout.readline() if readable else ""
-    if not line:
-        raise TargetError(f"{name} did not start; see {BUILD / name}.log")
+    token = _ready_token(name, process)
     model = "mock-8b" if name == "stock" else None
-    token = json.loads(line)["token"]
     target = Target(name, port, process.pid, token, bodies(name, model=model), port)
     check(target)
     return target
+
+
+def _ready_token(name: str, process: subprocess.Popen[str]) -> str:
+    """Wait for the line that ``serve_target`` prints when ready; libraries print there too."""
+    log = BUILD / f"{name}.log"
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith('{"pid": '):
+                token: str = json.loads(line)["token"]
+                return token
+        time.sleep(0.5)
+    raise TargetError(f"{name} did not start; see {log}")
 
 
 def check(target: Target) -> None:

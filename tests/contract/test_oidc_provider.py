@@ -155,6 +155,7 @@ class Gate:
             "name": "certified",
             "issuer": provider.issuer,
             "audiences": [RESOURCE],
+            "algorithms": ["RS256", "ES256"],
             "types": ["at+jwt"],
             "required_scope": "llm.use",
             **issuer,
@@ -195,6 +196,7 @@ async def test_a_person_by_code_and_pkce(provider: Provider, gate: Gate) -> None
     assert principal.kind is PrincipalKind.USER
     assert principal.subject == "hr-analyst"
     assert principal.client_id == "desktop"
+    assert principal.key_id == "key-ec"
     assert principal.department == "hr"
     assert principal.roles == {"employee", "analyst"}
     assert principal.token_id
@@ -223,9 +225,10 @@ async def test_an_id_token_is_no_access_token(provider: Provider, gate: Gate) ->
 
 
 async def test_a_token_for_another_service(provider: Provider) -> None:
-    token = provider.tokens("hr-analyst")["access_token"]
-    with pytest.raises(Unauthenticated):
-        await Gate(provider, audiences=["https://other.example/api"]).enter(token)
+    door = Gate(provider, audiences=["https://other.example/api"])
+    for tokens in (provider.tokens("hr-analyst"), provider.client_credentials()):
+        with pytest.raises(Unauthenticated):
+            await door.enter(tokens["access_token"])
 
 
 async def test_a_token_that_was_changed(provider: Provider, gate: Gate) -> None:

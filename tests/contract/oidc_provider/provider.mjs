@@ -9,16 +9,17 @@ import Provider from 'oidc-provider';
 
 const RESOURCE = 'https://gatehouse.example/api';
 const SCOPE = 'llm.use';
+const ecKey = newKey('key-ec', 'ec', { namedCurve: 'P-256' }, 'ES256');
 let keys = [newKey('key-1')];
 
-function newKey(kid) {
-  const { privateKey } = generateKeyPairSync('rsa', { modulusLength: 2048 });
-  return { ...privateKey.export({ format: 'jwk' }), kid, use: 'sig', alg: 'RS256' };
+function newKey(kid, type = 'rsa', options = { modulusLength: 2048 }, alg = 'RS256') {
+  const { privateKey } = generateKeyPairSync(type, options);
+  return { ...privateKey.export({ format: 'jwk' }), kid, use: 'sig', alg };
 }
 
 function createProvider(issuer) {
   return new Provider(issuer, {
-    jwks: { keys },
+    jwks: { keys: [...keys, ecKey] },
     cookies: { keys: ['only for this test run'] },
     clients: [
       {
@@ -64,12 +65,13 @@ function createProvider(issuer) {
         enabled: true,
         defaultResource: () => RESOURCE,
         useGrantedResource: () => true,
-        getResourceServerInfo: () => ({
+        getResourceServerInfo: (ctx, resource, client) => ({
           scope: SCOPE,
           audience: RESOURCE,
           accessTokenFormat: 'jwt',
           accessTokenTTL: 600,
-          jwt: { sign: { alg: 'RS256' } },
+          // One kind of signature for each flow, so that both are seen.
+          jwt: { sign: { alg: client.clientId === 'desktop' ? 'ES256' : 'RS256' } },
         }),
       },
     },
