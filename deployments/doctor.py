@@ -118,7 +118,9 @@ def check_service(
         return [
             Check(f"ready: {part}", Status.OK, "yes")
             if ready
-            else Check(f"ready: {part}", Status.FAIL, "not ready", "see the logs that `make serve` names")
+            else Check(
+                f"ready: {part}", Status.FAIL, "not ready", "see the logs that `make serve` names"
+            )
             for part, ready in parts.items()
         ]
     record = RunFolder(settings.state).read()
