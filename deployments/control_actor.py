@@ -29,6 +29,8 @@ log = logging.getLogger("gatehouse.control")
 ACTOR_NAME = "gatehouse-control"
 NAMESPACE = "gatehouse"
 START_TIMEOUT_S = 60.0
+HEAD_NODE = "node:__internal_head__"
+"""Resource that Ray gives to the head node alone."""
 _MAX_CALLS = 10_000
 """Calls open at once: one watch for each gateway and engine replica, and administration."""
 
@@ -132,7 +134,7 @@ def get_or_start_control(
 
     Args:
         state_dir: State root, on the volume of the actor's node; absolute.
-        node_id: Node that has the volume; ``None`` lets Ray choose, for one-node clusters.
+        node_id: Node that has the volume; ``None`` for the head node.
         namespace: Ray namespace.
 
     Returns:
@@ -141,9 +143,11 @@ def get_or_start_control(
     Raises:
         ControlStartError: It does not start.
     """
-    placement: dict[str, Any] = {}
+    # NOTE: never left to Ray's choice: on another node the actor would find an empty store, and
+    # start a new installation without a word.
+    placement: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}}
     if node_id is not None:
-        placement["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
     actor_class: Any = ray.remote(ControlPlaneActor)
     handle = actor_class.options(
         name=ACTOR_NAME,

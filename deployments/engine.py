@@ -26,6 +26,7 @@ from deployments.data_plane.server import DataPlaneServer
 from deployments.data_plane.tickets import TicketVerifier
 from deployments.data_plane.tls import server_context
 from deployments.engine_config import DRAIN_TIMEOUT_S, llm_config
+from deployments.logs import join_serve_log
 from deployments.weights import DigestCache, adapter_version, digest_directory, local_directory
 from governance.control.snapshot import ControlSnapshot, ReplicaAddress
 
@@ -69,6 +70,7 @@ class EngineDeployment:
             state_dir: State root: the control plane's storage, and remembered digests.
             host: Address to listen on; ``None`` for the node's, which Ray knows.
         """
+        join_serve_log()
         self.model = ModelConfig.model_validate(model)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self._gateway_keys: dict[str, bytes] = {}

@@ -25,6 +25,7 @@ from deployments.data_plane.handle_engine import HandleEngine
 from deployments.data_plane.tickets import TicketSigner
 from deployments.data_plane.tls import client_context
 from deployments.jwks_fetch import JwksFetcher
+from deployments.logs import join_serve_log
 from governance.admission.limits import RateLimiter
 from governance.control.snapshot import ControlSnapshot, GatewayIdentity
 from governance.errors import NotPermitted
@@ -69,6 +70,7 @@ class GatewayIngress:
             state_dir: State root, for the control plane's storage when this replica is first.
             engine_handles: Serve handles by base model, for ``data_plane: handle``.
         """
+        join_serve_log()
         self.config = AppConfig.model_validate(config)
         self.started_s = int(time.time())
         self.control = ControlClient(state_dir)

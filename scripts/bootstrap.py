@@ -55,7 +55,7 @@ REMEDIES = (
     (
         r"No matching distribution found|is not a supported wheel",
         "The index lacks a package for this Python and platform. Gatehouse needs Linux on x86_64 "
-        "or aarch64 with glibc 2.28 or later.",
+        "or aarch64 with glibc 2.31 or later.",
     ),
     (r"Permission denied", "Files of .venv belong to another user. Remove .venv and run again."),
 )

@@ -70,7 +70,7 @@ def main() -> int:
     uv = find_uv()
     without_torch = ["--excludes", str(LOCKS / "cpu-excludes.txt")]
     project = ["pyproject.toml", "--extra", "local"]
-    needs = str(LOCKS / "torch-needs.in")
+    needs = str(LOCKS / "cpu-needs.in")
     cpu = [*project, "--extra", "cpu", needs, *without_torch]
     compile_lock(uv, "runtime-cpu.txt", cpu, upgrade)
     compile_lock(uv, "runtime-gpu.txt", [*project, "--extra", "gpu"], upgrade)

@@ -12,12 +12,14 @@ import os
 import re
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import orjson
 
 from deployments.control_actor import ControlClient
 from deployments.data_plane.backend import EngineLoad
+from deployments.data_plane.handle_replica import HandleReplica, WireEvent
 from deployments.data_plane.server import DataPlaneServer
 from deployments.data_plane.tickets import Ticket, TicketVerifier
 from governance.control.snapshot import ReplicaAddress
@@ -94,15 +96,23 @@ class InstantEngine:
             return {g.gateway_id: g.public_key for g in self._control.snapshot.gateways}
 
         verifier = TicketVerifier([model["id"]], keys, lambda: time.time_ns() // 1000)
-        self._server = DataPlaneServer(
-            InstantBackend(replica_id), verifier, replica_id, max_in_flight=4096
-        )
+        backend = InstantBackend(replica_id)
+        self._handles = HandleReplica(backend, verifier)
+        self._server = DataPlaneServer(backend, verifier, replica_id, max_in_flight=4096)
         port = await self._server.start(host or "127.0.0.1")
         version = "sha256:" + "0" * 64
         address = ReplicaAddress(
             replica_id, model["id"], (model["id"],), "127.0.0.1", port, version, "instant"
         )
         await self._control.start(address)
+
+    async def run(
+        self, ticket: bytes, operation: str, body: bytes
+    ) -> AsyncGenerator[WireEvent, None]:
+        """Answer through a Serve handle, the fallback of the data plane."""
+        async with aclosing(self._handles.run(ticket, operation, body)) as events:
+            async for event in events:
+                yield event
 
     async def __del__(self) -> None:
         await self._server.close()

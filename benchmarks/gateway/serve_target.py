@@ -28,7 +28,7 @@ STOP_S = 45.0
 
 def environment(state: Path) -> None:
     """What a cluster in production sets, and ports of its own so that two targets run at once."""
-    folder = state / "haproxy"
+    folder = state / "h"  # short: Serve adds 57 characters to the socket's, of 97 at most
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(
         RAY_SERVE_ENABLE_HA_PROXY="1",
@@ -78,6 +78,7 @@ def gatehouse(options: argparse.Namespace) -> tuple[object, str, Callable[[], No
             "policy": str(policy),
             "gateway": {
                 "cpus": 0.2,
+                "data_plane": options.data_plane,
                 "max_ongoing_requests": options.max_ongoing_requests,
                 "max_queued_requests": options.max_queued_requests,
             },
@@ -133,6 +134,7 @@ def main() -> int:
     parser.add_argument("target", choices=["gatehouse", "stock"])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--data-plane", choices=["socket", "handle"], default="socket")
     parser.add_argument("--max-ongoing-requests", type=int, default=2000)
     parser.add_argument("--max-queued-requests", type=int, default=256)
     parser.add_argument("--parallel-requests", type=int, default=1000, help="of one caller")

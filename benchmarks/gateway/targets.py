@@ -10,8 +10,11 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +74,8 @@ class Targets:
 
     started: list[tuple[ProcessId, float]] = field(default_factory=list)
     """With the seconds that each may take to stop in order."""
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="gh-", dir="/tmp")))
+    """State of the Ray targets; removed with them. Short: HAProxy's socket may have 97 bytes."""
 
     def spawn(
         self, name: str, command: list[str], *, stop_s: float, env: dict[str, str] | None = None
@@ -101,6 +106,7 @@ class Targets:
         # Orphans are our children by now (``adopt_orphans``), with new ones among them.
         end([*below, *descendants(os.getpid())], 5.0)
         self.started.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -108,11 +114,14 @@ def open_targets() -> Iterator[Targets]:
     """A place to start targets in; they are gone afterwards, whatever happens."""
     BUILD.mkdir(parents=True, exist_ok=True)
     adopt_orphans()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     targets = Targets()
     try:
         yield targets
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         targets.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def compile_tools() -> None:
@@ -187,7 +196,7 @@ def start_litellm(targets: Targets, python: Path, upstream: Target) -> Target:
 def start_serve(targets: Targets, name: str, *options: str) -> Target:
     """A Ray Serve target: ``gatehouse`` or ``stock``."""
     port = free_port()
-    state = (BUILD / f"{name}-{os.getpid()}").absolute()
+    state = targets.folder / name
     command = [sys.executable, "-m", "benchmarks.gateway.serve_target", name]
     command += ["--port", str(port), "--state", str(state), *options]
     process = targets.spawn(name, command, stop_s=STOP_S)

@@ -23,7 +23,7 @@ _SHOWN_HEADERS = {
     "x-gatehouse-model": "model",
     "x-gatehouse-decision-id": "decision",
     "x-gatehouse-rules": "rules",
-    "x-request-id": "request",
+    "x-gatehouse-request-id": "request",
     "x-gatehouse-model-version": "version",
 }
 

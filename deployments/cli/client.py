@@ -128,7 +128,7 @@ def _read(response: http.client.HTTPResponse) -> Answer:
 
 
 def _headers(response: http.client.HTTPResponse) -> dict[str, str]:
-    # The first of a name counts: Serve's proxy adds an `x-request-id` of its own after ours.
+    # The first of a name counts: what a proxy adds comes after ours.
     return {name.lower(): value for name, value in reversed(response.getheaders())}
 
 

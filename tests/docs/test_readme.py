@@ -74,6 +74,8 @@ def test_shell_blocks(platform: Platform, block: Block) -> None:
             assert len(done.stdout.splitlines()) > 1, done.stdout
         elif "gatehouse chat" in words and not expected:
             assert done.stdout.strip(), done.stderr
+            # The id that stands in our logs, not one that Serve's proxy made up.
+            assert re.search(r"request req_[0-9a-f]{32}", done.stderr), done.stderr
         elif expected:
             assert "error: " in done.stderr
             assert not done.stdout.strip()

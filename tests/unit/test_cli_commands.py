@@ -180,11 +180,11 @@ CHAT = ("POST", "/v1/chat/completions")
 
 def test_chat_streams_the_answer_alone_to_standard_output(stub: Stub) -> None:
     stub.answers[CHAT] = 200, sse(piece("Hel"), piece("lo ✓"), USAGE)
-    # Serve's proxy adds a request id of its own; the gateway's comes first and counts.
+    # Serve's proxy adds a request id of its own; the gateway's counts.
     stub.headers = [
         ("x-gatehouse-model", "small"),
         ("x-gatehouse-decision-id", "dec_1"),
-        ("x-request-id", "req_1"),
+        ("x-gatehouse-request-id", "req_1"),
         ("x-request-id", "another"),
     ]
     result = run(stub, "chat", "--model", "small", "--system", "Be brief", "Say", "hello")

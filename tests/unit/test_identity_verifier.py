@@ -221,6 +221,15 @@ async def test_an_embedded_key_is_not_used() -> None:
     await refused(forge.sign_rs256(good_header(), good_claims(), key))
 
 
+@pytest.mark.parametrize("kid", ["", "k" * 257, 1, None, ["k1"]])
+async def test_key_ids_that_are_not_even_looked_up(kid: object) -> None:
+    """An id nobody publishes may cost a renewal, so what cannot be one is refused before."""
+    keys = default_keys()
+    with pytest.raises(Unauthenticated):
+        await verifier(keys=keys).verify(forge.sign_rs256(good_header(kid=kid), good_claims()))
+    assert keys.asked == []
+
+
 @pytest.mark.parametrize("kid", [None, "", "k2", 1, ["k1"], {"k1": 1}, "k" * 257, "../k1"])
 async def test_key_ids_that_are_not_published(kid: object) -> None:
     await refused(forge.sign_rs256(good_header(kid=kid), good_claims()))
