@@ -21,6 +21,7 @@ from governance.admission.limits import RateLimiter
 from governance.errors import (
     BlockedByPolicy,
     ClientClosed,
+    ContextLengthExceeded,
     GatehouseError,
     InternalError,
     InvalidRequest,
@@ -38,7 +39,14 @@ from governance.ports import (
     Policy,
     Router,
 )
-from governance.request import forward_body, parse_request, token_prompts, with_text_prompts
+from governance.request import (
+    forward_body,
+    opening,
+    parse_request,
+    token_prompts,
+    with_text_prompts,
+)
+from governance.tracebacks import without_messages
 from governance.types import (
     Decision,
     Dispatch,
@@ -145,7 +153,7 @@ class Gateway:
             model = self._visible(principal, request)
             admission = self._admission(principal, model, request)
             with self.limiter.acquire(principal.key, admission.limits):
-                request = turn.request = await self._decode_tokens(model, request)
+                request = turn.request = await self._decode_tokens(model, admission, request)
                 turn.input_inspection = await self.inspector.inspect_input(walk(request))
                 turn.decision = decision = self._decide(turn, principal, model, request)
                 turn.route = route = await self.router.route(request, (model,))
@@ -209,11 +217,22 @@ class Gateway:
             )
         return decision
 
-    async def _decode_tokens(self, model: ModelInfo, request: InferenceRequest) -> InferenceRequest:
-        """Turn token-id prompts into text, so that inspection sees what the model will."""
+    async def _decode_tokens(
+        self, model: ModelInfo, admission: Decision, request: InferenceRequest
+    ) -> InferenceRequest:
+        """Turn token-id prompts into text, so that inspection sees what the model will.
+
+        What cannot fit is refused first: a million ids are a hundred megabytes of text.
+        """
         tokens = token_prompts(request)
         if not tokens:
             return request
+        longest = max(map(len, tokens))
+        context = min(model.context_tokens, admission.limits.context_tokens or model.context_tokens)
+        if longest > context:
+            raise ContextLengthExceeded(
+                f"The prompt has {longest} tokens; prompt and answer together may have {context}."
+            )
         return with_text_prompts(request, await self.engine.detokenize(model.base, tokens))
 
     def _decide(
@@ -262,7 +281,7 @@ class Gateway:
             priority=priority,
             max_tokens=max_tokens * request.choices,
             reservation_id=turn.reservation.id,
-            affinity=affinity_key(principal.department, _opening(request)),
+            affinity=affinity_key(principal.department, opening(request)),
             context_tokens=decision.limits.context_tokens,
         )
 
@@ -319,15 +338,32 @@ class Gateway:
         turn.outcome = Outcome.FAILED if error.status >= 500 else Outcome.REFUSED
         turn.error_code, turn.status = error.code, error.status
         if turn.outcome is Outcome.FAILED:
-            # Our own errors carry no text of others, so the chain of them may be logged.
-            log.error("request %s failed: %s", turn.request_id, error.code, exc_info=cause or error)
+            log.error(
+                "request %s failed: %s\n%s",
+                turn.request_id,
+                error.code,
+                without_messages(cause or error),
+            )
 
     async def _close(self, turn: Turn) -> None:
-        """Settle and record, once per turn."""
+        """Settle and record, once per turn; a settlement that fails costs no record."""
         turn.ended_us = self.clock()
-        if turn.reservation is not None:
-            await self.ledger.settle(turn)
-        await self.audit.completed(turn)
+        try:
+            try:
+                if turn.reservation is not None:
+                    await self.ledger.settle(turn)
+            finally:
+                await self.audit.completed(turn)
+        except Exception as error:
+            known = error if isinstance(error, GatehouseError) else InternalError()
+            # Said here, because a client that has gone leaves nobody to raise it to.
+            log.error(
+                "request %s not settled or not recorded: %s\n%s",
+                turn.request_id,
+                known.code,
+                without_messages(error),
+            )
+            raise known from None
 
     async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
         """Finish ``work`` also when the client goes: cancellation reaches us, not the work."""
@@ -340,12 +376,3 @@ class Gateway:
         """Wait for all turns that are being settled and recorded."""
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
-
-
-def _opening(request: InferenceRequest) -> list[str]:
-    """What names a conversation: its first two messages, or the prompt."""
-    if request.operation is not Operation.CHAT:
-        prompt = request.body.get("prompt", request.body.get("input", ""))
-        return [prompt if isinstance(prompt, str) else str(prompt)[:4096]]
-    contents = (message.get("content") for message in request.body["messages"][:2])
-    return [c if isinstance(c, str) else str(c)[:4096] for c in contents]

@@ -30,6 +30,7 @@ from governance.types import InferenceRequest, Operation
 
 _DEFAULT_LIMITS = RequestLimits()
 _MAX_MODEL_CHARS = 256
+_OPENING_CHARS = 4096
 
 
 def parse_request(
@@ -178,6 +179,22 @@ def with_text_prompts(request: InferenceRequest, texts: Sequence[str]) -> Infere
     single = type(request.body[field][0]) is int
     prompt: str | list[str] = texts[0] if single else list(texts)
     return replace(request, body={**request.body, field: prompt})
+
+
+def opening(request: InferenceRequest) -> list[str]:
+    """What names a conversation: its first two messages, or the first prompt.
+
+    Cut short: a prompt may have megabytes.
+    """
+    if request.operation is not Operation.CHAT:
+        prompt = request.body[REQUIRED[request.operation]]
+        first = prompt if isinstance(prompt, str) else prompt[0]
+        return [str(first)[:_OPENING_CHARS]]
+    contents = (message.get("content") for message in request.body["messages"][:2])
+    return [
+        content[:_OPENING_CHARS] if isinstance(content, str) else str(content)[:_OPENING_CHARS]
+        for content in contents
+    ]
 
 
 def forward_body(

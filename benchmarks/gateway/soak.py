@@ -14,13 +14,12 @@ import asyncio
 import collections
 import datetime
 import json
-import os
 import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.gateway.cost import machine, process_memory_mb, titled
+from benchmarks.gateway.cost import process_memory_mb, titled
 from benchmarks.gateway.run import facts
 from benchmarks.gateway.targets import BUILD, EVENTS, HERE, Target, open_targets, start_serve
 
@@ -47,6 +46,11 @@ class Seen:
     broken: int = 0
     unlike_openai: collections.Counter[int] = field(default_factory=collections.Counter)
     """Refusals without an OpenAI error object, by status."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Body of the first refusal of each status, shortened."""
+    running: int = 0
+    most_running: int = 0
+    """Requests open at once."""
     without_retry_after: collections.Counter[int] = field(default_factory=collections.Counter)
     latency_ms: list[float] = field(default_factory=list)
     refusal_ms: list[float] = field(default_factory=list)
@@ -56,7 +60,10 @@ async def client(target: Target, body: bytes, until: float, seen: Seen) -> None:
     """One client: a stream after the other, each on its own connection, until the time is over."""
     while time.monotonic() < until:
         began = time.perf_counter()
+        seen.running += 1
+        seen.most_running = max(seen.most_running, seen.running)
         status, headers, answer = await ask(target, body)
+        seen.running -= 1
         took_ms = (time.perf_counter() - began) * 1000
         seen.status[status] += 1
         if status == 200:
@@ -66,6 +73,7 @@ async def client(target: Target, body: bytes, until: float, seen: Seen) -> None:
             seen.latency_ms.append(took_ms)
             continue
         seen.refusal_ms.append(took_ms)
+        seen.examples.setdefault(str(status), answer[:300].decode(errors="replace"))
         seen.unlike_openai[status] += b'"error"' not in answer or b'"code"' not in answer
         wait = headers.get("retry-after", "")
         seen.without_retry_after[status] += not wait.isdigit()
@@ -124,12 +132,14 @@ def judged(seen: Seen, memory: list[float]) -> dict[str, Any]:
     other = sorted(set(seen.status) - {200, 429, 503})
     return {
         "status": {str(status): count for status, count in sorted(seen.status.items())},
+        "most_requests_open": seen.most_running,
         "whole_streams": seen.whole,
         "broken_streams": seen.broken,
         "refusals_without_openai_error": {str(k): v for k, v in seen.unlike_openai.items() if v},
         "refusals_without_retry_after": {
             str(k): v for k, v in seen.without_retry_after.items() if v
         },
+        "first_refusal": seen.examples,
         "stream_p50_ms": _quantile(seen.latency_ms, 0.5),
         "stream_p99_ms": _quantile(seen.latency_ms, 0.99),
         "refusal_p50_ms": _quantile(seen.refusal_ms, 0.5),
@@ -186,7 +196,12 @@ def main() -> int:
         "pace_ms": PACE_MS,
         "seconds": options.seconds,
     }
-    described = {**facts(None), "machine": machine(), "load_average_after": os.getloadavg()}
+    described = facts(None)
+    described["method"] = {
+        "loop": "closed; a refused client waits as Retry-After says (5 s at most), or 1 s",
+        "memory": "proportional set size of the gateway's replica, each second",
+        "figures": "of all answers",
+    }
     document = {
         "when": now.isoformat(timespec="seconds"),
         **described,

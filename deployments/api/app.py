@@ -25,6 +25,7 @@ from governance.errors import (
     RouteNotFound,
 )
 from governance.gateway import Gateway
+from governance.tracebacks import without_messages
 from governance.types import Operation, Principal
 
 log = logging.getLogger("gatehouse.api")
@@ -189,9 +190,10 @@ class ErrorBoundary:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception:
+        except Exception as error:
             request_id = new_id("req")
-            log.exception("unmapped exception", extra={"request_id": request_id})
+            log.error("request %s: unmapped exception\n%s", request_id, without_messages(error))
             if started or scope["type"] != "http":
-                raise
+                # The server logs what it is given, and breaks the connection.
+                raise InternalError() from None
             await error_response(InternalError(), request_id)(scope, receive, send)

@@ -53,7 +53,10 @@ async def read_body(request: Request, limits: BodyLimits) -> bytes:
         raise UnsupportedMediaType()
     too_large = RequestTooLarge(f"The request body may have at most {limits.max_bytes} bytes.")
     declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > limits.max_bytes:
+    # Digits of other scripts are digits to Python, and a number of 5,000 digits is too long for it.
+    if not (declared.isascii() and declared.isdigit()) or len(declared.lstrip("0")) > 18:
+        raise too_large
+    if int(declared.lstrip("0") or "0") > limits.max_bytes:
         raise too_large
     parts: list[bytes] = []
     size = 0

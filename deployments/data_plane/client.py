@@ -169,8 +169,9 @@ class DataPlaneEngine:
                 connection: RequestConnection | None = None
                 try:
                     connection = await self._acquire(replica, start_by)
+                    ticket = self._signer.mint(dispatch, digest, replica.id)
                     header = {
-                        "ticket": base64.b64encode(self._signer.mint(dispatch, digest)).decode(),
+                        "ticket": base64.b64encode(ticket).decode(),
                         "operation": dispatch.operation.value,
                     }
                     if dispatch.affinity is not None:
@@ -216,7 +217,7 @@ class DataPlaneEngine:
             connection: RequestConnection | None = None
             try:
                 connection = await self._acquire(replica, start_by)
-                ticket = self._signer.mint_internal(DETOKENIZE, base_model, body)
+                ticket = self._signer.mint_internal(DETOKENIZE, base_model, body, replica.id)
                 header = {"ticket": base64.b64encode(ticket).decode()}
                 answer = await self._begin(connection, FrameType.DETOKENIZE, header, body, start_by)
             except _NotTaken as refusal:

@@ -161,7 +161,12 @@ class Session(asyncio.Protocol):
             self._transport.write(error_frame(Overloaded("", None, 1)))
             return None
         try:
-            ticket = server.verifier.verify(_ticket_bytes(header), operation=operation, body=body)
+            ticket = server.verifier.verify(
+                _ticket_bytes(header),
+                operation=operation,
+                body=body,
+                replica_id=server.replica_id,
+            )
         except TicketRefused as refusal:
             self._transport.write(refusal_frame(refusal.reason))
             return None

@@ -6,7 +6,7 @@ Encoding (version 1), all integers big-endian:
     i64 issued_at_us, i32 priority, u32 max_tokens, u32 context_tokens (0: no bound)
     16 bytes ticket id, 32 bytes SHA-256 of the body
     gateway_id, audience, operation, request_id, decision_id, reservation_id, principal_key,
-    department: each u16 length and that many bytes of UTF-8
+    department, replica_id: each u16 length and that many bytes of UTF-8
     64 bytes Ed25519 signature over DOMAIN and everything before it
 
 Each value has exactly one encoding, and the signature is checked over the bytes received, so
@@ -30,7 +30,7 @@ SIGNATURE_BYTES = 64
 
 _FIXED = struct.Struct(">BqiII16s32s")
 _LENGTH = struct.Struct(">H")
-_TEXTS = 8
+_TEXTS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,10 @@ class Ticket:
     ticket_id: bytes
     """16 random bytes, good for one use."""
     body_sha256: bytes
+    replica_id: str = ""
+    """Replica that the gateway chose, where it is the gateway that chooses. Replicas remember the
+    ids they have seen each for itself and until they restart, so a ticket must be good at no other
+    one and for no later one."""
 
 
 def encode(ticket: Ticket) -> bytes:
@@ -79,6 +83,7 @@ def encode(ticket: Ticket) -> bytes:
         ticket.reservation_id,
         ticket.principal_key,
         ticket.department,
+        ticket.replica_id,
     ):
         raw = text.encode()
         parts.append(_LENGTH.pack(len(raw)))
@@ -108,7 +113,9 @@ def decode(payload: bytes) -> Ticket:
         at += length
     if at != len(payload):
         raise ValueError("trailing bytes")
-    gateway, audience, operation, request, decision, reservation, principal, department = texts
+    gateway, audience, operation, request, decision, reservation, principal, department, replica = (
+        texts
+    )
     return Ticket(
         gateway,
         audience,
@@ -124,4 +131,5 @@ def decode(payload: bytes) -> Ticket:
         issued,
         ticket_id,
         digest,
+        replica,
     )

@@ -45,6 +45,8 @@ class TicketRefusal(StrEnum):
     EXPIRED = "expired"
     NOT_YET_VALID = "not_yet_valid"
     WRONG_AUDIENCE = "wrong_audience"
+    WRONG_REPLICA = "wrong_replica"
+    """For another replica of the same model, or for the one that was here before."""
     WRONG_OPERATION = "wrong_operation"
     WRONG_BODY = "wrong_body"
     REPLAYED = "replayed"
@@ -100,12 +102,15 @@ class TicketSigner:
         """Raw public key, 32 bytes, to be registered with the control plane."""
         return self._key.public_key().public_bytes_raw()
 
-    def mint(self, dispatch: Dispatch, body_sha256: bytes | None = None) -> bytes:
+    def mint(
+        self, dispatch: Dispatch, body_sha256: bytes | None = None, replica_id: str = ""
+    ) -> bytes:
         """Sign a ticket for one attempt of one request.
 
         Args:
             dispatch: The request as decided.
             body_sha256: Digest of ``dispatch.body`` where the caller has it already.
+            replica_id: Replica that it goes to; empty where Serve chooses.
 
         """
         return self._sign(
@@ -124,10 +129,13 @@ class TicketSigner:
                 self._clock(),
                 secrets.token_bytes(16),
                 body_sha256 or hashlib.sha256(dispatch.body).digest(),
+                replica_id,
             )
         )
 
-    def mint_internal(self, operation: str, audience: str, body: bytes) -> bytes:
+    def mint_internal(
+        self, operation: str, audience: str, body: bytes, replica_id: str = ""
+    ) -> bytes:
         """Sign a ticket for something that no principal asked for: a connection, a tokenizer call.
 
         Args:
@@ -135,6 +143,8 @@ class TicketSigner:
                 ticket cannot be turned into one.
             audience: Base model of the replica.
             body: Bytes that the ticket binds.
+            replica_id: As for ``mint``; empty for a connection, whose first message must not tell
+                a stranger at that address whose name to give.
 
         """
         return self._sign(
@@ -153,6 +163,7 @@ class TicketSigner:
                 self._clock(),
                 secrets.token_bytes(16),
                 hashlib.sha256(body).digest(),
+                replica_id,
             )
         )
 
@@ -193,30 +204,32 @@ class TicketVerifier:
         self._replays = ReplayCache(capacity)
         self._loaded: dict[str, tuple[bytes, Ed25519PublicKey]] = {}
 
-    def verify(self, raw: bytes, *, operation: str, body: bytes) -> Ticket:
+    def verify(self, raw: bytes, *, operation: str, body: bytes, replica_id: str = "") -> Ticket:
         """Check one ticket and use it up.
 
-        Order: form, gateway, signature, time, audience, operation, body, replay. The replay cache
+        Order: form, gateway, signature, time, audience, operation, replica, body, replay. The replay cache
         comes last, so that a refused ticket neither fills it nor spends the id.
 
         Args:
             raw: The ticket as received.
             operation: What the peer asks for.
             body: What the peer sent with it.
+            replica_id: What the ticket must name: this replica, or nothing where the peer cannot
+                know it.
 
         Raises:
             TicketRefused: With the first check that failed; counted in ``refused``.
 
         """
         try:
-            ticket = self._check(raw, operation, body)
+            ticket = self._check(raw, operation, body, replica_id)
         except TicketRefused as refusal:
             self.refused[refusal.reason] += 1
             raise
         self.accepted += 1
         return ticket
 
-    def _check(self, raw: bytes, operation: str, body: bytes) -> Ticket:
+    def _check(self, raw: bytes, operation: str, body: bytes, replica_id: str) -> Ticket:
         payload, signature = raw[:-SIGNATURE_BYTES], raw[-SIGNATURE_BYTES:]
         if len(raw) > MAX_TICKET_BYTES:
             raise TicketRefused(TicketRefusal.MALFORMED)
@@ -238,6 +251,8 @@ class TicketVerifier:
             raise TicketRefused(TicketRefusal.WRONG_AUDIENCE)
         if ticket.operation != operation:
             raise TicketRefused(TicketRefusal.WRONG_OPERATION)
+        if ticket.replica_id != replica_id:
+            raise TicketRefused(TicketRefusal.WRONG_REPLICA)
         if not hmac.compare_digest(ticket.body_sha256, hashlib.sha256(body).digest()):
             raise TicketRefused(TicketRefusal.WRONG_BODY)
         seen = self._replays.use(ticket.gateway_id.encode() + ticket.ticket_id, expires, now)

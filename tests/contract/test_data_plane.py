@@ -682,10 +682,10 @@ async def test_a_request_needs_a_ticket_of_its_own(cluster: Cluster) -> None:
         return orjson.loads(last[1])["reason"] if last[0] == FrameType.ERROR else last[0]
 
     body = b'{"count": 1}'
-    good = signer.mint(dispatch_of(body))
+    good = signer.mint(dispatch_of(body), None, "replica-1")
     assert await ask(b"", "chat", body) == "malformed"
     assert await ask(connect_ticket(cluster.keys), "chat", b"request") == "wrong_operation"
-    assert await ask(signer.mint_internal(DETOKENIZE, "small", body), "chat", body) == (
+    assert await ask(signer.mint_internal(DETOKENIZE, "small", body, "replica-1"), "chat", body) == (
         "wrong_operation"
     )
     assert await ask(good, "chat", body + b" ") == "wrong_body"
@@ -705,7 +705,7 @@ async def test_a_detokenize_ticket_is_not_a_request(cluster: Cluster) -> None:
     await peer.hello(connect_ticket(cluster.keys))
     await peer.receive()
     body = b"[[1]]"
-    ticket = cluster.keys.signer().mint_internal(DETOKENIZE, "small", body)
+    ticket = cluster.keys.signer().mint_internal(DETOKENIZE, "small", body, "replica-1")
     header = {"ticket": base64.b64encode(ticket).decode(), "operation": DETOKENIZE}
 
     await peer.send(frames.request_prefix(FrameType.REQUEST, header, body) + body)
@@ -721,7 +721,7 @@ async def test_two_requests_at_once_on_a_connection_end_it(cluster: Cluster) -> 
     await peer.receive()
     body = b'{"start_delay_s": 60}'
     for _ in range(2):
-        ticket = cluster.keys.signer().mint(dispatch_of(body))
+        ticket = cluster.keys.signer().mint(dispatch_of(body), None, "replica-1")
         header = {"ticket": base64.b64encode(ticket).decode(), "operation": "chat"}
         await peer.send(frames.request_prefix(FrameType.REQUEST, header, body) + body)
 

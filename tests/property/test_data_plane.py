@@ -54,7 +54,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
 @given(
-    st.lists(TEXTS, min_size=8, max_size=8),
+    st.lists(TEXTS, min_size=9, max_size=9),
     st.integers(-(2**31), 2**31 - 1),
     st.integers(0, 2**32 - 1),
     st.none() | st.integers(1, 2**32 - 1),
@@ -71,7 +71,7 @@ def test_a_ticket_has_one_form(
     ticket_id: bytes,
     digest: bytes,
 ) -> None:
-    one, two, three, four, five, six, seven, eight = texts
+    one, two, three, four, five, six, seven, eight, nine = texts
     ticket = Ticket(
         one,
         two,
@@ -87,6 +87,7 @@ def test_a_ticket_has_one_form(
         issued,
         ticket_id,
         digest,
+        nine,
     )
 
     assert decode(encode(ticket)) == ticket

@@ -205,7 +205,7 @@ def test_doctor_ends_with_1_when_something_is_wrong(
     install: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        doctor, "_ready_parts", lambda url: {"model small": False, "control plane": True}
+        doctor, "_ready_parts", lambda url: {"model 1": False, "control plane": True}
     )
     environment = {"GATEHOUSE_STATE": str(install / "state")}
     words = ["doctor", "--config", str(install / FILES[0]), "--json"]
@@ -214,5 +214,5 @@ def test_doctor_ends_with_1_when_something_is_wrong(
     assert result.exit_code == 1
     assert report["ok"] is False
     by_name = {each["name"]: each["status"] for each in report["checks"]}
-    assert by_name["ready: model small"] == "fail"
+    assert by_name["ready: model 1"] == "fail"
     assert by_name["ready: control plane"] == "ok"

@@ -352,3 +352,14 @@ def test_the_form_is_as_documented(signer: TicketSigner) -> None:
     assert raw[0] == ticket_form.VERSION == 1
     assert int.from_bytes(raw[1:9], "big") == NOW_US
     assert raw[69:75] == b"\x00\x04gw-1"
+
+
+@pytest.mark.parametrize("named", ["", "replica-1", "replica-22"])
+def test_a_ticket_is_good_for_the_replica_that_it_names(
+    signer: TicketSigner, verifier: TicketVerifier, named: str
+) -> None:
+    raw = signer.mint(DISPATCH, None, named)
+    with pytest.raises(TicketRefused) as caught:
+        verifier.verify(raw, operation="chat", body=BODY, replica_id="replica-2")
+    assert caught.value.reason is TicketRefusal.WRONG_REPLICA
+    assert verifier.verify(raw, operation="chat", body=BODY, replica_id=named).replica_id == named

@@ -1,0 +1,114 @@
+"""The request path, attacked: what must not be lost, and what must not be said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import aclosing
+
+import pytest
+
+from governance.errors import AuditUnavailable, ContextLengthExceeded, GatehouseError, InternalError
+from governance.nulls import NullInspector
+from governance.types import Inspection, Operation, Outcome, TextLeaf, Turn
+from tests.doubles import RecordingAudit, ScriptedEngine
+from tests.unit.test_gateway import Setup
+
+SECRET = "the patient's number is 4711"
+
+
+class QuotingInspector(NullInspector):
+    """Fails as libraries do: with the text it choked on."""
+
+    async def inspect_input(self, leaves: Iterable[TextLeaf]) -> Inspection:
+        for leaf in leaves:
+            raise ValueError(f"cannot parse {leaf.text!r}")
+        raise AssertionError("no text")
+
+
+class LosingAudit(RecordingAudit):
+    """The disk is full when the end of a turn is written."""
+
+    async def completed(self, turn: Turn) -> None:
+        raise AuditUnavailable()
+
+
+async def test_a_prompt_quoted_by_an_unforeseen_exception_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setup = Setup(ScriptedEngine())
+    setup.gateway.inspector = QuotingInspector()
+    with pytest.raises(InternalError):
+        await setup.run(setup.call(messages=[{"role": "user", "content": SECRET}]))
+    assert "4711" not in caplog.text
+    assert "req_1" in caplog.text
+    assert "ValueError" in caplog.text
+    assert "inspect_input" in caplog.text
+
+
+async def test_a_ledger_that_fails_does_not_cost_the_record() -> None:
+    setup = Setup(ScriptedEngine())
+
+    async def broken(turn: Turn) -> None:
+        raise RuntimeError("ledger gone")
+
+    setup.ledger.settle = broken  # type: ignore[method-assign]
+    with pytest.raises(InternalError):
+        await setup.run(setup.call())
+    assert [stage for stage, _ in setup.audit.entries] == ["decided", "completed"]
+
+
+async def test_an_audit_that_breaks_at_a_refusal_is_an_error_of_ours() -> None:
+    setup = Setup(ScriptedEngine())
+
+    async def broken(turn: Turn) -> None:
+        raise RuntimeError("disk")
+
+    setup.audit.completed = broken  # type: ignore[method-assign]
+    with pytest.raises(GatehouseError) as caught:
+        await setup.run(setup.call(model="nothing"))
+    assert caught.value.code == "internal_error"
+
+
+async def test_a_record_lost_after_the_client_went_is_not_lost_silently(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setup = Setup(ScriptedEngine(), LosingAudit())
+    started = asyncio.Event()
+    release = asyncio.Event()
+    settle = setup.ledger.settle
+
+    async def slow(turn: Turn) -> None:
+        started.set()
+        await release.wait()
+        await settle(turn)
+
+    setup.ledger.settle = slow  # type: ignore[method-assign]
+
+    async def serve() -> None:
+        async with aclosing(setup.gateway.exchange(setup.call())) as events:
+            async for _ in events:
+                pass
+
+    task = asyncio.create_task(serve())
+    await started.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    release.set()
+    await setup.gateway.drain()
+    assert "req_1" in caplog.text
+    assert "audit_unavailable" in caplog.text
+
+
+async def test_token_prompts_beyond_the_context_never_reach_an_engine() -> None:
+    engine = ScriptedEngine()
+    setup = Setup(engine)
+
+    async def asked(base_model: str, prompts: list[list[int]]) -> list[str]:
+        raise AssertionError("an engine was asked to decode")
+
+    engine.detokenize = asked  # type: ignore[method-assign]
+    for prompt in ([7] * 1025, [[7], [7] * 1025]):
+        with pytest.raises(ContextLengthExceeded):
+            await setup.run(setup.call(operation=Operation.COMPLETIONS, prompt=prompt))
+    assert setup.audit.entries[-1][1].outcome is Outcome.REFUSED
