@@ -30,6 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.data_plane.backend import EngineLoad
 from deployments.data_plane.ticket_form import Ticket
 from deployments.engine_stream import StreamReader, engine_error, usage_of
+from deployments.logs import withhold_content
 from deployments.vllm_engine import ADMISSION, Admission, GovernedLLMServer
 from governance.errors import EngineFailed, EngineUnavailable, GatehouseError, InvalidRequest
 from governance.types import (
@@ -43,11 +44,6 @@ from governance.types import (
 log = logging.getLogger("gatehouse.engine")
 
 ENGINE_VERSION = f"vllm-{vllm.__version__}"
-_LOGGERS_WITH_CONTENT = (
-    "vllm.entrypoints.openai.chat_completion.serving",
-    "vllm.entrypoints.openai.completion.serving",
-    "vllm.renderers.hf",
-)
 
 
 class VLLMBackend:
@@ -77,11 +73,11 @@ class VLLMBackend:
         arguments = dict(config["engine_kwargs"])
         if "lora_modules" in arguments:
             arguments["lora_modules"] = [LoRAModulePath(**m) for m in arguments["lora_modules"]]
-        for name in _LOGGERS_WITH_CONTENT:
-            logging.getLogger(name).addFilter(_without_traceback)
         llm_config = LLMConfig(**{**config, "engine_kwargs": arguments})
         server: Any = GovernedLLMServer.sync_init(llm_config)
         await server.start()
+        # Not before: what goes wrong at start quotes no request, and is needed whole.
+        withhold_content("vllm")
         return cls(server)
 
     def identify(self, replica_id: str, versions: dict[str, str]) -> None:
@@ -281,11 +277,3 @@ class _Whole:
 
     def __init__(self, body: bytes) -> None:
         self.body = body
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Exceptions of vLLM may quote the prompt; their class is enough for a log."""
-    if record.exc_info and record.exc_info[0] is not None:
-        record.msg, record.args = f"{record.msg} ({record.exc_info[0].__name__})", None
-    record.exc_info = record.exc_text = None
-    return True

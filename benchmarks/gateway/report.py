@@ -61,7 +61,8 @@ def summary(cells: Iterable[Row], idle: Idle) -> list[Row]:
     rows: list[Row] = []
     for (case, concurrency, target), group in groups.items():
         row: Row = {"case": case, "concurrency": concurrency, "target": target}
-        row.update({key: _median(cell[key] for cell in group) for key in _MEDIANS})
+        answered = [cell for cell in group if cell["n"]] or group
+        row.update({key: _median(cell[key] for cell in answered) for key in _MEDIANS})
         row["best_cpu_ms"] = min(cell["cpu_ms"] for cell in group)
         row["memory_mb"] = _median(cell["memory_mb"]["gateway"] for cell in group)
         row["memory_mb_with_engines"] = _median(cell["memory_mb"]["all"] for cell in group)

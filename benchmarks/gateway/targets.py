@@ -66,6 +66,8 @@ class Target:
     """Request body of each case."""
     paced_port: int
     """Port for the paced case; the same unless the target is the upstream itself."""
+    paced_pid: int
+    """Likewise the process."""
 
 
 @dataclass
@@ -166,7 +168,7 @@ def start_upstream(targets: Targets) -> Target:
     for port, pace in zip(ports, (0, PACE_MS), strict=True):
         command = [tool, "-p", str(port), "-i", str(pace)]
         pids.append(targets.spawn(f"upstream_{pace}", command, stop_s=1).pid)
-    target = Target("direct", ports[0], pids[0], "none", bodies("direct"), ports[1])
+    target = Target("direct", ports[0], pids[0], "none", bodies("direct"), ports[1], pids[1])
     check(target)
     return target
 
@@ -188,7 +190,8 @@ def start_litellm(targets: Targets, python: Path, upstream: Target) -> Target:
     command = [str(python.absolute().parent / "litellm"), "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     process = targets.spawn("litellm", command, stop_s=10, env=_LITELLM_ENVIRONMENT)
-    target = Target("litellm", port, process.pid, MASTER_KEY, bodies("litellm"), port)
+    pid = process.pid
+    target = Target("litellm", port, pid, MASTER_KEY, bodies("litellm"), port, pid)
     check(target)
     return target
 
@@ -202,7 +205,8 @@ def start_serve(targets: Targets, name: str, *options: str) -> Target:
     process = targets.spawn(name, command, stop_s=STOP_S)
     token = _ready_token(name, process)
     model = "mock-8b" if name == "stock" else None
-    target = Target(name, port, process.pid, token, bodies(name, model=model), port)
+    pid = process.pid
+    target = Target(name, port, pid, token, bodies(name, model=model), port, pid)
     check(target)
     return target
 

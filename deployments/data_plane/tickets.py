@@ -207,8 +207,8 @@ class TicketVerifier:
     def verify(self, raw: bytes, *, operation: str, body: bytes, replica_id: str = "") -> Ticket:
         """Check one ticket and use it up.
 
-        Order: form, gateway, signature, time, audience, operation, replica, body, replay. The replay cache
-        comes last, so that a refused ticket neither fills it nor spends the id.
+        Order: form, gateway, signature, time, audience, operation, replica, body, replay. The
+        replay cache comes last, so that a refused ticket neither fills it nor spends the id.
 
         Args:
             raw: The ticket as received.

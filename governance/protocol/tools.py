@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from governance.errors import InvalidRequest
+from governance.protocol.schemas import refuse_costly
 from governance.protocol.values import (
     RequestLimits,
     array,
@@ -30,6 +31,7 @@ def tools(value: Any, path: str, limits: RequestLimits) -> list[dict[str, Any]]:
     """Definitions of functions; names are unique."""
     items = array(value, path, limits.max_tools)
     clean = [_tool(item, join(path, i), limits) for i, item in enumerate(items)]
+    refuse_costly([tool["function"].get("parameters") for tool in clean], path, limits)
     names = [tool["function"]["name"] for tool in clean]
     if len(set(names)) < len(names):
         raise InvalidRequest(f"{path} defines a name twice.", path)
@@ -110,14 +112,15 @@ def response_format(value: Any, path: str, limits: RequestLimits) -> Any:
         raise expected("text, json_object or json_schema", join(path, "type"))
     only(wanted, frozenset({"type", "json_schema"}), path)
     where = join(path, "json_schema")
-    schema = mapping(wanted.get("json_schema"), where)
-    only(schema, _SCHEMA_KEYS, where)
+    wrapper = mapping(wanted.get("json_schema"), where)
+    only(wrapper, _SCHEMA_KEYS, where)
     clean: dict[str, Any] = {
-        "name": text(limits.max_name_chars)(schema.get("name"), join(where, "name"), limits)
+        "name": text(limits.max_name_chars)(wrapper.get("name"), join(where, "name"), limits)
     }
-    if schema.get("description") is not None:
-        clean["description"] = text()(schema["description"], join(where, "description"), limits)
-    clean["schema"] = free_form(schema.get("schema"), join(where, "schema"), limits)
-    if schema.get("strict") is not None:
-        clean["strict"] = boolean(schema["strict"], join(where, "strict"), limits)
+    if wrapper.get("description") is not None:
+        clean["description"] = text()(wrapper["description"], join(where, "description"), limits)
+    clean["schema"] = free_form(wrapper.get("schema"), join(where, "schema"), limits)
+    refuse_costly([clean["schema"]], join(where, "schema"), limits)
+    if wrapper.get("strict") is not None:
+        clean["strict"] = boolean(wrapper["strict"], join(where, "strict"), limits)
     return {"type": "json_schema", "json_schema": clean}

@@ -25,6 +25,11 @@ class RequestLimits:
     """Levels of objects and arrays inside a tool definition, a schema or tool call arguments."""
     max_nodes: int = 20_000
     """Values inside one tool definition, schema or tool call."""
+    max_properties: int = 512
+    """Keys of one object in a schema or tool definition."""
+    max_pattern_cost: int = 8192
+    """Characters of all regular expressions of one answer format, or of all tools together, with
+    their repetitions spelled out."""
     max_messages: int = 2048
     max_parts: int = 1024
     """Content parts of one message."""

@@ -685,9 +685,9 @@ async def test_a_request_needs_a_ticket_of_its_own(cluster: Cluster) -> None:
     good = signer.mint(dispatch_of(body), None, "replica-1")
     assert await ask(b"", "chat", body) == "malformed"
     assert await ask(connect_ticket(cluster.keys), "chat", b"request") == "wrong_operation"
-    assert await ask(signer.mint_internal(DETOKENIZE, "small", body, "replica-1"), "chat", body) == (
-        "wrong_operation"
-    )
+    assert await ask(
+        signer.mint_internal(DETOKENIZE, "small", body, "replica-1"), "chat", body
+    ) == ("wrong_operation")
     assert await ask(good, "chat", body + b" ") == "wrong_body"
     assert await ask(good, "completions", body) == "wrong_operation"
     assert await ask(signer.mint(dispatch_of(body, model="huge")), "chat", body) == (

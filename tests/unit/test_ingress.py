@@ -14,13 +14,18 @@ MODEL = {"tier": "small", "source": "./model", "context_tokens": 64}
 
 
 def test_readiness_needs_no_credential_and_names_no_model() -> None:
-    gateway: Any = object.__new__(GatewayIngress)
-    gateway.config = AppConfig.model_validate(
-        {"models": [{"id": "layoffs-2027", **MODEL}, {"id": "small", **MODEL}]}
+    gateway: Any = SimpleNamespace(
+        config=AppConfig.model_validate(
+            {
+                "mode": "local",
+                "models": [{"id": "layoffs-2027", **MODEL}, {"id": "small", **MODEL}],
+            }
+        ),
+        control=SimpleNamespace(age_s=lambda: 1.0),
+        engine=SimpleNamespace(ready=lambda model: model == "small"),
     )
-    gateway.control = SimpleNamespace(age_s=lambda: 1.0)
-    gateway.engine = SimpleNamespace(ready=lambda model: model == "small")
-    assert gateway._ready() == {"control plane": True, "model 1": False, "model 2": True}
+    ready = GatewayIngress._ready(gateway)
+    assert ready == {"control plane": True, "model 1": False, "model 2": True}
 
 
 def test_an_adapter_does_not_betray_a_base_that_the_caller_may_not_use() -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments.logs import join_serve_log
+from deployments.logs import join_serve_log, withhold_content
 
 
 @pytest.fixture(autouse=True)
 def loggers() -> Iterator[None]:
     kept = []
-    for name in ("ray.serve", "gatehouse"):
+    for name in ("ray.serve", "gatehouse", "library"):
         logger = logging.getLogger(name)
         kept.append((logger, logger.handlers[:], logger.level, logger.propagate))
     yield
@@ -41,3 +41,38 @@ def test_without_serve_lines_still_reach_the_root_logger(caplog: pytest.LogCaptu
     join_serve_log()
     logging.getLogger("gatehouse.control").warning("heard")
     assert "heard" in caplog.text
+
+
+def test_an_exception_of_a_library_is_logged_without_what_it_quotes() -> None:
+    stream = io.StringIO()
+    library = logging.getLogger("library")
+    library.handlers[:] = [logging.StreamHandler(stream)]
+    withhold_content("library")
+    withhold_content("library")
+    deep = logging.getLogger("library.tool_parsers.pythonic")
+    try:
+        compile("patient(4711", "answer", "eval")
+    except SyntaxError as error:
+        deep.exception("Error in extracting tool call from response.")
+        deep.exception(f"Error in streaming tool calls: {error.text}")
+        deep.exception("Error: %s", error.text)
+    deep.warning("%d requests", 3)
+    written = stream.getvalue()
+    assert "4711" not in written
+    assert written.count("SyntaxError") == 3
+    assert "library.tool_parsers.pythonic:" in written
+    assert "3 requests" in written
+
+
+def test_exceptions_of_others_are_logged_whole() -> None:
+    stream = io.StringIO()
+    ours = logging.getLogger("gatehouse")
+    ours.handlers[:] = [logging.StreamHandler(stream)]
+    logging.getLogger("library").handlers[:] = ours.handlers
+    withhold_content("library")
+    try:
+        raise ValueError("place")
+    except ValueError:
+        ours.exception("failed")
+    assert "Traceback" in stream.getvalue()
+    assert "place" in stream.getvalue()
