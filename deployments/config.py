@@ -153,6 +153,8 @@ class GatewayConfig(Section):
     """Largest request body."""
     body_timeout_s: float = Field(default=30.0, gt=0)
     """Time a client has to send its body."""
+    send_timeout_s: float = Field(default=60.0, gt=0)
+    """Time a client may take to receive one piece of a streamed answer; then it is cut off."""
     start_timeout_s: float = Field(default=30.0, gt=0)
     """Time an engine has to take a request."""
     chunk_timeout_s: float = Field(default=120.0, gt=0)

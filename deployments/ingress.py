@@ -100,7 +100,7 @@ class GatewayIngress:
         return create_app(
             self.gateway,
             AdminApi(self.control, self._authorize),
-            BodyLimits(limits.max_body_bytes, limits.body_timeout_s),
+            BodyLimits(limits.max_body_bytes, limits.body_timeout_s, limits.send_timeout_s),
             ready=self._ready,
             created_s=self.started_s,
             version=__version__,

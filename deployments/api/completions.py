@@ -33,10 +33,12 @@ log = logging.getLogger("gatehouse.api")
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Bounds on receiving a request body."""
+    """Bounds on receiving a request body, and on how slowly its answer may be taken."""
 
     max_bytes: int
     timeout_s: float
+    send_timeout_s: float = 60.0
+    """Time that a client may take to receive one piece of its answer."""
 
 
 async def read_body(request: Request, limits: BodyLimits) -> bytes:
@@ -88,7 +90,7 @@ class Exchange(Response):
         self._operation = operation
         self._request = request
         self._limits = limits
-        self._watch = sse.DisconnectWatch(request.receive)
+        self._watch = sse.DisconnectWatch(request.receive, limits.send_timeout_s)
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +141,7 @@ class Exchange(Response):
         self._started = True
         async for event in events:
             if isinstance(event, EngineChunk):
-                await sse.write(send, event.data)
+                await self._watch.write(send, event.data)
             elif isinstance(event, Answer):
                 usage = event.finished.usage_event if accepted.request.include_usage else b""
                 await sse.end(send, event.tail + usage + sse.DONE)

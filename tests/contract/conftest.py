@@ -84,7 +84,7 @@ def server() -> Iterator[Server]:
     app = create_app(
         gateway,
         AdminApi(NoControl(), authorize),
-        BodyLimits(MAX_BODY_BYTES, 2.0),
+        BodyLimits(MAX_BODY_BYTES, 2.0, 1.0),
         ready=lambda: {"models": True},
         created_s=1,
         version="test",

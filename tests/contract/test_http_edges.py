@@ -175,6 +175,23 @@ def test_a_hang_up_aborts_the_engine(server: Server) -> None:
     assert server.audit.entries[-1][1].outcome is Outcome.ABORTED
 
 
+def test_a_client_that_does_not_read_is_cut_off(server: Server) -> None:
+    server.engine.words = ("x" * 100_000,) * 500
+    parts = urllib.parse.urlsplit(server.url)
+    body = json.dumps({**GOOD, "stream": True}).encode()
+    with socket.create_connection((parts.hostname, parts.port or 0), timeout=5) as sock:
+        sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer hr-analyst"
+            b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+            % (len(body), body)
+        )
+        deadline = time.monotonic() + 10
+        while server.audit.kinds != ["decided", "completed"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert server.engine.closed == 1
+    assert server.audit.entries[-1][1].outcome is Outcome.ABORTED
+
+
 def test_nothing_internal_leaks_from_an_unforeseen_failure(server: Server) -> None:
     def broken(dispatch: object) -> object:
         raise RuntimeError("/secret/path and a token")
