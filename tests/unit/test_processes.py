@@ -86,9 +86,22 @@ class Guarded:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_ends_everything(tmp_path: Path, signum: signal.Signals) -> None:
-    run = Guarded(tmp_path, "wait")
+    # The suite itself may run under nohup, where SIGHUP comes in ignored, and then stays so.
+    default = {"preexec_fn": lambda: signal.signal(signum, signal.SIG_DFL)}
+    run = Guarded(tmp_path, "wait", **default)
     assert len(run.below) == 3
     run.process.send_signal(signum)
+    assert run.process.wait(10) == 0
+    assert run.all_gone()
+
+
+def test_a_hang_up_that_came_in_ignored_stays_ignored(tmp_path: Path) -> None:
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    run = Guarded(tmp_path, "wait", **ignore)
+    run.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert all(process.alive for process in run.below)
+    run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(10) == 0
     assert run.all_gone()
 
