@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve clean
+.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve prove-meter clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ lock: ## regenerate requirements/*.txt; UPGRADE=1 takes newer versions
 
 prove-serve: install-dev ## measure the goals of serving, one line each
 	@exec $(BIN)/python -m benchmarks.prove_serve
+
+prove-meter: install-dev ## measure the goals of metering, ledger and audit, one line each
+	@exec $(BIN)/python -m benchmarks.prove_meter
 
 bench-%: install-dev ## run one benchmark, such as bench-data_plane
 	@exec $(BIN)/python -m benchmarks.$*.run

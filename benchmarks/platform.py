@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,9 @@ from deployments.dev_token import fetch_token
 ROOT = Path(__file__).resolve().parents[1]
 READY_TIMEOUT_S = 420
 STOP_TIMEOUT_S = 90
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+"""Metric name to its series: labels and value."""
+_SAMPLE = re.compile(r"^(ray_gatehouse_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
 class StartFailed(Exception):
@@ -48,6 +52,11 @@ class Platform:
     """Seconds from the start of the command until every part was ready."""
     opened: ExitStack = field(default_factory=ExitStack)
     """Clients; closed at the end of the run."""
+
+    @property
+    def evidence(self) -> Path:
+        """Folder of the sealed audit trail."""
+        return self.state.parent / "evidence"
 
     @functools.cached_property
     def http(self) -> httpx.Client:
@@ -82,6 +91,7 @@ class Platform:
             "GATEHOUSE_URL": self.url,
             "GATEHOUSE_DEV_ISSUER": self.idp,
             "GATEHOUSE_STATE": str(self.state),
+            "GATEHOUSE_EVIDENCE": str(self.evidence),
         }
 
     def family(self) -> list[psutil.Process]:
@@ -106,6 +116,25 @@ class Platform:
         if len(found) != 1:
             raise LookupError(f"{len(found)} processes of {deployment}")
         return found[0]
+
+    def session(self) -> Path:
+        """Folder of the platform's Ray session, which its processes name on their command lines."""
+        for process in self.family():
+            for argument in process.cmdline():
+                if found := re.fullmatch(r"--session-dir=(.+)", argument):
+                    return Path(found[1])
+        raise LookupError("no session")
+
+    def metrics(self) -> Samples:
+        """What Ray's metrics endpoint says of us now; up to ten seconds old."""
+        (port,) = self.session().glob("metrics_export_port_*")
+        url = f"http://127.0.0.1:{port.read_text().strip()}/metrics"
+        text = httpx.get(url, timeout=10, trust_env=False).text
+        found: Samples = {}
+        for name, labels, value in _SAMPLE.findall(text):
+            pairs = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            found.setdefault(name, []).append((pairs, float(value)))
+        return found
 
     def is_ready(self) -> bool:
         """Whether every part is ready now."""
@@ -195,6 +224,7 @@ def running(directory: Path) -> Iterator[Platform]:
     environ = {
         **os.environ,
         "GATEHOUSE_STATE": str(state),
+        "GATEHOUSE_EVIDENCE": str(directory / "evidence"),
         "GATEHOUSE_CONFIG_ROOT": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }

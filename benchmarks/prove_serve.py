@@ -12,7 +12,6 @@ import argparse
 import base64
 import collections
 import json
-import platform as machine
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +29,13 @@ from joserfc import jwt
 from joserfc.jwk import RSAKey
 
 from benchmarks.platform import ROOT, Platform, running
+from benchmarks.proof import Proof, until
 from deployments.weights import DigestCache, digest_directory
 
 RESULTS = ROOT / "benchmarks" / "results" / "prove_serve.json"
 HELLO: Any = [{"role": "user", "content": "Good morning"}]
 LONG = {"model": "small", "messages": HELLO, "max_tokens": 900, "min_tokens": 900, "stream": True}
 STREAMS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One goal."""
-
-    goal: str
-    measured: str
-    holds: bool
-
-
-@dataclass
-class Proof:
-    """Collects results and prints each as it comes."""
-
-    results: list[Result] = field(default_factory=list)
-
-    def add(self, goal: str, measured: str, holds: bool) -> None:
-        """Record and print one goal."""
-        self.results.append(Result(goal, measured, holds))
-        print(f"{goal} | {measured} | {'holds' if holds else 'falls short'}", flush=True)
-
-    @contextmanager
-    def goal(self, goal: str) -> Iterator[Callable[[str, bool], None]]:
-        """A goal whose measurement may itself break; that falls short too."""
-        before = len(self.results)
-        try:
-            yield lambda measured, holds: self.add(goal, measured, holds)
-        except Exception as error:
-            self.add(goal, f"broke: {type(error).__name__}: {str(error)[:160]}", False)
-        if len(self.results) == before:
-            self.add(goal, "not measured", False)
 
 
 def first_answers(proof: Proof, p: Platform) -> None:
@@ -337,20 +303,6 @@ def cost(proof: Proof, litellm: str | None) -> None:
             proof.add(goal["goal"], goal["measured"], goal["holds"])
 
 
-def until(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Seconds until a condition holds.
-
-    Raises:
-        TimeoutError: It did not.
-    """
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > timeout_s:
-            raise TimeoutError(f"not within {timeout_s} s")
-        time.sleep(0.02)
-    return time.monotonic() - started
-
-
 def busy_share(process: psutil.Process) -> float:
     """Share of one core that a process used over the next 0.1 s."""
     before = sum(process.cpu_times()[:2])
@@ -380,15 +332,8 @@ def main() -> int:
         cost(proof, options.litellm)
     took = time.monotonic() - started
     proof.add("this proof takes under ten minutes", f"{took:.0f} s", took < 600)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "python": machine.python_version(),
-        "cpus": psutil.cpu_count(),
-        "versions": {name: version(name) for name in ("ray", "openai", "gatehouse")},
-        "results": [asdict(result) for result in proof.results],
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(result.holds for result in proof.results) else 1
+    proof.save(RESULTS, "ray", "openai", "gatehouse")
+    return proof.code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ before anything starts, and imports neither vLLM nor torch: each engine replica 
 
 # NOTE: no ``from __future__ import annotations`` here: Serve looks the builder's argument type up
 # at run time to validate ``args``; with postponed annotations it would pass a plain dict.
+import time
 from typing import Any
 
 from ray import serve
@@ -16,7 +17,9 @@ from deployments.config import AppConfig
 from deployments.engine import EngineDeployment
 from deployments.engine_config import engine_options, located
 from deployments.ingress import GatewayIngress
+from deployments.ledger_budgets import Budgets
 from deployments.settings import from_environment
+from governance.budget.config import load_budgets
 from governance.identity.config import load_identity
 from governance.policy.load import load_policy
 
@@ -36,12 +39,13 @@ def build_app(args: AppConfig) -> Application:
     return assemble(args, EngineDeployment)
 
 
-def assemble(args: AppConfig, engine: type) -> Application:
+def assemble(args: AppConfig, engine: type, ingress: type = GatewayIngress) -> Application:
     """The application around a class of engine deployments.
 
     Args:
         args: What runs.
         engine: Constructed with (model, state_dir, host); benchmarks pass one without a model.
+        ingress: The gateway; benchmarks pass one without some of its stages.
 
     Raises:
         ConfigError: As ``build_app``.
@@ -50,6 +54,8 @@ def assemble(args: AppConfig, engine: type) -> Application:
     root = settings.config_root
     identity = load_identity(root / args.identity, local=args.mode == "local")
     policy = load_policy(root / args.policy, args.model_infos())
+    limits = load_budgets(root / args.budgets)
+    budgets = Budgets.of(limits, args.models, built_us=time.time_ns() // 1000)
     state = str(settings.state)
     deployment: Any = serve.deployment
     # Ray replaces a loopback node address by an outer one, so local mode names it here.
@@ -62,8 +68,8 @@ def assemble(args: AppConfig, engine: type) -> Application:
         for model in models
     }
     gateway = args.gateway
-    ingress = deployment(
-        serve.ingress()(GatewayIngress),
+    front = deployment(
+        serve.ingress()(ingress),
         name="GatewayIngress",
         max_ongoing_requests=gateway.max_ongoing_requests,
         max_queued_requests=gateway.max_queued_requests,
@@ -71,11 +77,12 @@ def assemble(args: AppConfig, engine: type) -> Application:
         ray_actor_options={"num_cpus": gateway.cpus},
         **load_autoscaling(gateway.replicas),
     )
-    application: Application = ingress.bind(
+    application: Application = front.bind(
         args.model_dump(mode="json"),
         identity.model_dump(mode="json"),
         policy.model_dump(mode="json"),
-        state,
+        budgets.dump(),
+        settings.dump(),
         engines,
     )
     return application

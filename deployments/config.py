@@ -45,6 +45,11 @@ class AcceleratorConfig(Section):
     cpus: float = Field(default=1.0, ge=0.0)
     """CPUs reserved for the replica actor."""
 
+    @property
+    def device(self) -> str | None:
+        """Kind of device, as budgets name it; ``None`` where any GPU will do."""
+        return "cpu" if self.kind == "cpu" else self.type
+
     @model_validator(mode="after")
     def _cpu_is_single(self) -> "AcceleratorConfig":
         if self.kind == "cpu" and (self.type or self.tensor_parallel * self.pipeline_parallel > 1):
@@ -115,6 +120,8 @@ class ModelConfig(Section):
             "enable_lora",
             "lora_modules",
             "max_lora_rank",
+            # The meter's.
+            "scheduler_cls",
         } & engine.keys()
         if taken:
             raise ValueError(f"set by other fields, not here: {', '.join(sorted(taken))}")
@@ -174,6 +181,8 @@ class AppConfig(Section):
     """Path of the identity file."""
     policy: str = "config/policy.yaml"
     """Path of the policy file."""
+    budgets: str = "config/budgets.yaml"
+    """Path of the budgets file."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
 

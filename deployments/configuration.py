@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from deployments.preflight import Check, Status
 from deployments.serve_file import ServeFile, load_serve_file
 from deployments.settings import Settings, from_environment
+from governance.budget.config import load_budgets
 from governance.identity.config import IdentityConfig, load_identity
 from governance.policy.load import load_policy
 from governance.yaml_config import ConfigError
@@ -48,7 +49,7 @@ def settings_for(config: Path, environ: Mapping[str, str] | None = None) -> Sett
 
 
 def load_installation(config: Path) -> Installation:
-    """Load the serve file and the identity file, and check the policy.
+    """Load the serve file and the identity file, and check the policy and the budgets.
 
     Raises:
         ConfigError: The first thing that is wrong.
@@ -57,6 +58,7 @@ def load_installation(config: Path) -> Installation:
     file = load_serve_file(config)
     identity = _identity(file, settings)
     load_policy(settings.config_root / file.app.policy, file.app.model_infos())
+    load_budgets(settings.config_root / file.app.budgets)
     return Installation(config, settings, file, identity)
 
 
@@ -73,6 +75,8 @@ def check_configuration(config: Path) -> list[Check]:
     checks.append(_attempt("identity", app.identity, lambda: _identity(file, settings)))
     policy = settings.config_root / app.policy
     checks.append(_attempt("policy", app.policy, lambda: load_policy(policy, app.model_infos())))
+    budgets = settings.config_root / app.budgets
+    checks.append(_attempt("budgets", app.budgets, lambda: load_budgets(budgets)))
     checks += [
         _check_source(settings, model.id, model.source, model.is_hub) for model in app.models
     ]

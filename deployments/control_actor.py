@@ -43,7 +43,7 @@ class ControlPlaneActor:
     """Delegates to ``ControlPlane``; every method is safe to run twice, since Ray may do that."""
 
     def __init__(self, state_dir: str) -> None:
-        settings = Settings(state=Path(state_dir), config_root=Path(state_dir))
+        settings = Settings(Path(state_dir), Path(state_dir), Path(state_dir))
         store = ControlStore(settings.control_db, lambda: time.time_ns() // 1000)
         pepper = load_pepper(settings.keys / "pepper", store, secrets.token_bytes)
         self._plane = ControlPlane(store, pepper, time.monotonic)

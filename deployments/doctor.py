@@ -84,7 +84,7 @@ def check_state(settings: Settings) -> list[Check]:
         remedy = "set GATEHOUSE_STATE to a folder of yours"
         return [Check("state", Status.FAIL, f"{state} cannot be written", remedy)]
     checks = [Check("state", Status.OK, str(state))]
-    for folder in (state / "keys", state / "control"):
+    for folder in (state / "keys", state / "control", state / "ledger", state / "wal"):
         if folder.exists() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
             detail = f"{folder} is open to other users"
             checks.append(Check("state", Status.FAIL, detail, f"chmod 700 {folder}"))

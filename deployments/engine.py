@@ -98,6 +98,7 @@ class EngineDeployment:
             )
         )
         self._watcher = asyncio.create_task(self._leave_when_dead())
+        self._report_costs()
         log.info("serving %s as %s", self.model.id, self.versions[self.model.id])
 
     async def _start_engine(self, cache: DigestCache) -> None:
@@ -109,6 +110,13 @@ class EngineDeployment:
         self.engine = await VLLMBackend.create(llm_config(self.model))
         self.versions = await (weighing or self._weigh(cache))
         self.engine.identify(self.replica_id, self.versions)
+
+    def _report_costs(self) -> None:
+        """Tell the ledger what the engine's work costs, from now on."""
+        from deployments.ledger_actor import LedgerClient
+
+        # Gateways start the ledger and start it again; an engine only looks for it.
+        self.engine.report_to(LedgerClient(None).report)
 
     def _weigh(self, cache: DigestCache) -> asyncio.Future[dict[str, str]]:
         loop = asyncio.get_running_loop()
@@ -124,6 +132,7 @@ class EngineDeployment:
         log.error("the engine of %s is dead", self.model.id)
         await self.data_plane.drain(0)
         await self.control.set_registration(None)
+        await self.engine.engine_died()
 
     # -- called by Serve ----------------------------------------------------------------------
 
@@ -147,6 +156,8 @@ class EngineDeployment:
             await self.data_plane.close()
         if hasattr(self, "engine"):
             await self.engine.stop()
+        if hasattr(self, "telemetry"):
+            await self.telemetry.close()
         await self.control.stop()
 
     # -- called by gateways through handles, the fallback of the data plane ---------------------

@@ -5,6 +5,7 @@ Errors are told apart by status and field, never by text; vLLM's text goes nowhe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -64,11 +65,19 @@ class StreamReader:
         model_version: Becomes ``system_fingerprint`` of the events that end a choice, and of the
             usage event.
         choices: Answers that were asked for.
+        progress: Gives, for each chunk, answer tokens since the last one and device-microseconds
+            so far. NOTE: events are not tokens: one may stand for several, or for none.
     """
 
-    def __init__(self, model_version: str, choices: int) -> None:
+    def __init__(
+        self,
+        model_version: str,
+        choices: int,
+        progress: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
         self._stamp = f'data: {{"system_fingerprint":"{model_version}",'
         self._unfinished = choices
+        self._progress = progress
         self._usage_event = b""
         self._usage = Usage()
         self._started = False
@@ -94,7 +103,7 @@ class StreamReader:
                 raise EngineFailed()
             self._unfinished -= 1
             event = self._stamp + event.removeprefix(_EVENT).removeprefix("{")
-        return EngineChunk(event.encode())
+        return EngineChunk(event.encode(), *self._progress())
 
     def finish(self) -> EngineFinished:
         """The end of the stream.

@@ -6,6 +6,7 @@ middleware), so Serve calls ``__serve_build_asgi_app__`` after construction. Hol
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -18,14 +19,18 @@ from deployments import __version__
 from deployments.api.admin import AdminApi
 from deployments.api.app import create_app
 from deployments.api.completions import BodyLimits
+from deployments.api.usage import UsageApi
 from deployments.config import AppConfig
 from deployments.control_actor import ControlClient
 from deployments.data_plane.client import DataPlaneEngine
 from deployments.data_plane.handle_engine import HandleEngine
 from deployments.data_plane.tickets import TicketSigner
 from deployments.data_plane.tls import client_context
+from deployments.gateway_books import GatewayBooks
 from deployments.jwks_fetch import JwksFetcher
 from deployments.logs import join_serve_log
+from deployments.settings import Settings
+from deployments.telemetry.gateway import GatewayTelemetry
 from governance.admission.limits import RateLimiter
 from governance.control.snapshot import ControlSnapshot, GatewayIdentity
 from governance.errors import NotPermitted
@@ -33,7 +38,7 @@ from governance.gateway import Gateway
 from governance.identity.authenticator import BearerAuthenticator
 from governance.identity.config import IdentityConfig
 from governance.identity.service_keys import ServiceKeyChecker
-from governance.nulls import FixedRouter, NullAudit, NullInspector, NullLedger
+from governance.nulls import FixedRouter, NullInspector
 from governance.policy.engine import CompiledPolicy
 from governance.policy.model import PolicyConfig
 from governance.types import Principal
@@ -57,7 +62,8 @@ class GatewayIngress:
         config: dict[str, Any],
         identity: dict[str, Any],
         policy: dict[str, Any],
-        state_dir: str,
+        budgets: dict[str, Any],
+        roots: dict[str, str],
         engine_handles: dict[str, Any] | None = None,
     ) -> None:
         """Wire the gateway.
@@ -67,13 +73,15 @@ class GatewayIngress:
             identity: Dump of ``IdentityConfig``; validated where the application was built, so
                 that every replica runs the same rules and needs no file.
             policy: Dump of ``PolicyConfig``; likewise.
-            state_dir: State root, for the control plane's storage when this replica is first.
+            budgets: Dump of ``Budgets``; likewise.
+            roots: Dump of ``Settings``: where this node keeps its state and its evidence.
             engine_handles: Serve handles by base model, for ``data_plane: handle``.
         """
         join_serve_log()
         self.config = AppConfig.model_validate(config)
         self.started_s = int(time.time())
-        self.control = ControlClient(state_dir)
+        self.settings = Settings.load(roots)
+        self.control = ControlClient(self.settings.state)
         key = Ed25519PrivateKey.generate()
         public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
         self.gateway_id = f"gw-{public.hex()[:16]}"
@@ -82,15 +90,18 @@ class GatewayIngress:
         signer = TicketSigner(self.gateway_id, key, now_us)
         self.engine = self._build_engine(signer, engine_handles or {})
         self.policy = CompiledPolicy(PolicyConfig.model_validate(policy), self.config.model_infos())
+        self.telemetry = GatewayTelemetry(
+            self.gateway_id,
+            [info.id for info in self.config.model_infos()],
+            [model.id for model in self.config.models],
+            self.engine.ready,
+            self.control.age_s,
+        )
+        self.books = await self._open_books(budgets)
         self.gateway = self._build_gateway(
             IdentityConfig.model_validate(identity), await self.control.pepper()
         )
-        for stage in (
-            self.gateway.inspector,
-            self.gateway.router,
-            self.gateway.ledger,
-            self.gateway.audit,
-        ):
+        for stage in (self.gateway.inspector, self.gateway.router):
             if announce := getattr(stage, "announce", None):
                 log.warning(announce)
 
@@ -104,13 +115,31 @@ class GatewayIngress:
             ready=self._ready,
             created_s=self.started_s,
             version=__version__,
+            usage=UsageApi(self.books.ledger_client, self._authorize),
+            tracing=self.telemetry.tracing,
         )
 
     async def __del__(self) -> None:
-        """Finish what is being settled, then leave the control plane."""
+        """Finish what is being settled and recorded, then leave the control plane."""
         await self.gateway.drain()
         await self.engine.close()
+        await self.books.close()
+        await self.telemetry.close()
         await self.control.stop()
+
+    async def check_health(self) -> None:
+        """Called by Serve: a gateway that can record nothing is replaced."""
+        self.books.check()
+
+    async def _open_books(self, budgets: dict[str, Any]) -> GatewayBooks:
+        """Ledger and audit trail; what cannot be opened keeps the gateway from starting."""
+        # Opens files and waits for the disk.
+        books = await asyncio.to_thread(
+            GatewayBooks, self.gateway_id, self.settings, budgets, now_us
+        )
+        await books.start()
+        self.telemetry.watch(books, self.settings)
+        return books
 
     def _ready(self) -> dict[str, bool]:
         """Models by their place in the file: whoever may not use one must not learn its name."""
@@ -169,9 +198,10 @@ class GatewayIngress:
             limiter=RateLimiter(time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))),
             inspector=NullInspector(),
             router=FixedRouter(),
-            ledger=NullLedger(),
-            audit=NullAudit(),
+            ledger=self.books.ledger,
+            audit=self.books.audit,
             engine=self.engine,
             clock=now_us,
             max_answer_tokens=self.config.gateway.max_answer_tokens,
+            observer=self.telemetry.observer,
         )

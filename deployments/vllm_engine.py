@@ -6,8 +6,11 @@ Imports vLLM, which takes seconds and half a gigabyte: for engine replicas only.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +32,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from deployments.data_plane.backend import EngineLoad
 from deployments.data_plane.ticket_form import Ticket
+from deployments.metering.collector import MeteredExchange
+from deployments.metering.devices import accelerator_name
+from deployments.metering.keys import (
+    ACCELERATOR_VARIABLE,
+    METER_KEY,
+    SOCKET_VARIABLE,
+    scheduler_class,
+)
 from governance.errors import ContextLengthExceeded, EngineFailed, LimitExceeded
 
 
@@ -37,6 +48,8 @@ class Admission:
     """What one verified ticket lets the engine do; used up by the generations it admits."""
 
     ticket: Ticket
+    metered: MeteredExchange
+    """What the engine's work for it costs."""
     answer_tokens: int
     """Answer tokens asked for per choice."""
     min_tokens: int = 0
@@ -107,8 +120,18 @@ class AdmittedLLM(AsyncLLM):
         admission = _admission()
         tokens = extract_prompt_len(self.model_config, prompt)
         admission.bound(sampling_params, tokens, self.model_config.max_model_len)
-        stream: AsyncGenerator[RequestOutput, None] = super().generate(
-            prompt, sampling_params, request_id, priority=admission.ticket.priority, **options
+        metered = admission.metered
+        metered.prompt_tokens += tokens
+        # Goes with the parameters to each choice, and through them to the meter in the core.
+        sampling_params.extra_args = {
+            **(sampling_params.extra_args or {}),
+            METER_KEY: metered.key,
+        }
+        stream = _counted(
+            super().generate(
+                prompt, sampling_params, request_id, priority=admission.ticket.priority, **options
+            ),
+            metered,
         )
         admission.streams.append(stream)
         return stream
@@ -124,10 +147,16 @@ class AdmittedLLM(AsyncLLM):
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Embed within the ticket's context, at the ticket's priority."""
         admission = _admission()
-        # One more, because an embedding needs no room for an answer.
-        admission.room(
-            extract_prompt_len(self.model_config, prompt) - 1, self.model_config.max_model_len
-        )
+        tokens = extract_prompt_len(self.model_config, prompt)
+        # One less, because an embedding needs no room for an answer.
+        admission.room(tokens - 1, self.model_config.max_model_len)
+        admission.metered.prompt_tokens += tokens
+        # A copy: vLLM gives the same parameters to each prompt of a request.
+        pooling_params = copy(pooling_params)
+        pooling_params.extra_kwargs = {
+            **(pooling_params.extra_kwargs or {}),
+            METER_KEY: admission.metered.key,
+        }
         stream: AsyncGenerator[PoolingRequestOutput, None] = super().encode(
             prompt, pooling_params, request_id, priority=admission.ticket.priority, **options
         )
@@ -141,6 +170,30 @@ class AdmittedLLM(AsyncLLM):
         if not admission.accepted.done():
             admission.accepted.set_result(None)
         return queue
+
+    async def _add_request(self, *arguments: Any, **options: Any) -> None:
+        """Count what the core is given: one request a prompt and choice."""
+        metered = _admission().metered
+        metered.submitted += 1
+        try:
+            await super()._add_request(*arguments, **options)
+        except Exception:
+            metered.submitted -= 1
+            raise
+
+
+async def _counted(
+    stream: AsyncGenerator[RequestOutput, None], metered: MeteredExchange
+) -> AsyncGenerator[RequestOutput, None]:
+    """Count the tokens of each output on its way.
+
+    NOTE: the layer that asked has set the kind of output to deltas, because it streams.
+    """
+    async with aclosing(stream) as outputs:
+        async for output in outputs:
+            for choice in output.outputs:
+                metered.answer_tokens += len(choice.token_ids)
+            yield output
 
 
 class LoadLogger(StatLoggerBase):
@@ -166,6 +219,17 @@ class GovernedVLLMEngine(VLLMEngine):
     """
 
     client: AdmittedLLM
+    meter_path: str
+    """Socket for what the engine core meters; set before ``start``."""
+    devices: int = 1
+    """Devices of one replica."""
+
+    @property
+    def accelerator(self) -> str:
+        """Kind of device: the configured type, or what its driver calls it."""
+        from deployments.metering.scheduler import reported_accelerator
+
+        return accelerator_name(self.llm_config.accelerator_type, reported_accelerator())
 
     async def start(self) -> None:
         """Start without the task by which Ray prepares a node.
@@ -187,6 +251,14 @@ class GovernedVLLMEngine(VLLMEngine):
         parallel.placement_group = placement_group
         if vllm_engine_config.device_config.device_type == "cpu":
             parallel.distributed_executor_backend = "uni"
+        scheduler = vllm_engine_config.scheduler_config
+        if scheduler.scheduler_cls is not None:
+            raise ValueError("engine.scheduler_cls: the scheduler is the one that meters")
+        # Now that vLLM has decided how it schedules; the class follows, never leads.
+        scheduler.scheduler_cls = scheduler_class(bool(scheduler.async_scheduling))
+        os.environ[SOCKET_VARIABLE] = self.meter_path
+        os.environ[ACCELERATOR_VARIABLE] = self.llm_config.accelerator_type or ""
+        self.devices = parallel.world_size * parallel.data_parallel_size
         _clear_current_platform_cache()  # type: ignore[no-untyped-call]
         loggers: list[LoadLogger] = []
 
@@ -236,9 +308,12 @@ class GovernedLLMServer(LLMServer):
 
     _default_engine_cls = GovernedVLLMEngine  # type: ignore[assignment]
     engine: GovernedVLLMEngine
+    meter_path: str
+    """See ``GovernedVLLMEngine.meter_path``; set before ``start``."""
 
     async def _start_engine(self) -> None:
         """Without Ray's usage telemetry, whose actor takes 340 MB."""
+        self.engine.meter_path = self.meter_path
         await self.engine.start()
 
     def __del__(self) -> None:  # type: ignore[override]

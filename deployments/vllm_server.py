@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -30,7 +31,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from deployments.data_plane.backend import EngineLoad
 from deployments.data_plane.ticket_form import Ticket
 from deployments.engine_stream import StreamReader, engine_error, usage_of
-from deployments.logs import withhold_content
+from deployments.logs import concern, withhold_content
+from deployments.metering.collector import MeterCollector
+from deployments.metering.reporter import MeterReporter, Send, Watcher
 from deployments.vllm_engine import ADMISSION, Admission, GovernedLLMServer
 from governance.errors import EngineFailed, EngineUnavailable, GatehouseError, InvalidRequest
 from governance.types import (
@@ -51,10 +54,13 @@ class VLLMBackend:
 
     Args:
         server: Started.
+        meter: Receives what its core meters.
     """
 
-    def __init__(self, server: GovernedLLMServer) -> None:
+    def __init__(self, server: GovernedLLMServer, meter: MeterCollector) -> None:
         self.server = server
+        self.meter = meter
+        self.reporter: MeterReporter | None = None
         self.engine = server.engine
         self.replica_id = ""
         self.versions: dict[str, str] = {}
@@ -75,10 +81,17 @@ class VLLMBackend:
             arguments["lora_modules"] = [LoRAModulePath(**m) for m in arguments["lora_modules"]]
         llm_config = LLMConfig(**{**config, "engine_kwargs": arguments})
         server: Any = GovernedLLMServer.sync_init(llm_config)
-        await server.start()
+        meter = MeterCollector(str(config["model_loading_config"]["model_id"]))
+        server.meter_path = meter.path
+        try:
+            await server.start()
+        except BaseException:
+            meter.close()
+            raise
+        meter.start()
         # Not before: what goes wrong at start quotes no request, and is needed whole.
         withhold_content("vllm")
-        return cls(server)
+        return cls(server, meter)
 
     def identify(self, replica_id: str, versions: dict[str, str]) -> None:
         """Say who answers; needed before the first request.
@@ -90,10 +103,28 @@ class VLLMBackend:
         self.replica_id = replica_id
         self.versions = versions
 
+    def report_to(self, send: Send, watcher: Watcher | None = None) -> None:
+        """Report what is metered from now on; needs ``identify`` before.
+
+        Args:
+            send: Gives a report to the ledger, raises where it was not taken.
+            watcher: Told of every report.
+        """
+        self.reporter = MeterReporter(
+            self.meter,
+            send,
+            replica_id=self.replica_id,
+            accelerator=self.engine.accelerator,
+            devices=self.engine.devices,
+            watcher=watcher,
+        )
+        self.reporter.start()
+
     async def run(
         self, operation: str, body: bytes, ticket: Ticket
     ) -> AsyncGenerator[EngineEvent, None]:
         """Answer one request; see ``Backend.run``."""
+        concern(ticket)
         exchange = _Exchange(self, operation, body, ticket)
         async with aclosing(exchange.events()) as events:
             async for event in events:
@@ -112,6 +143,10 @@ class VLLMBackend:
 
         return await asyncio.to_thread(decode)
 
+    def delivered(self, ticket: Ticket) -> None:
+        """The answer's end is on its way; see ``Backend.delivered``."""
+        self.meter.delivered(ticket)
+
     def load(self) -> EngineLoad:
         """Current load; see ``Backend.load``."""
         return self.engine.load()
@@ -125,9 +160,21 @@ class VLLMBackend:
         """Raise whatever killed the engine."""
         await self.engine.check_health()
 
+    async def engine_died(self) -> None:
+        """The engine's process is gone: report what it cost, with a bound on what it did not tell.
+
+        Once, and again with every report that follows.
+        """
+        self.meter.core_died()
+        if self.reporter is not None:
+            await self.reporter.report(force=True)
+
     async def stop(self) -> None:
-        """Stop the engine's processes; requests in flight fail."""
+        """Stop the engine's processes, tell the last figures; requests in flight fail."""
         await self.engine.shutdown()
+        if self.reporter is not None:
+            await self.reporter.stop()
+        self.meter.close()
 
 
 class _Exchange:
@@ -135,16 +182,19 @@ class _Exchange:
 
     def __init__(self, backend: VLLMBackend, operation: str, body: bytes, ticket: Ticket) -> None:
         self._engine = backend.engine
+        self._meter = backend.meter
         self._ticket = ticket
         self._operation = operation
         self._version = backend.versions[ticket.audience]
-        self._started = EngineStarted(backend.replica_id, self._version, ENGINE_VERSION)
+        self._replica_id = backend.replica_id
         self._fields = fields = orjson.loads(body)
         if fields.get("model") != ticket.audience:
             raise EngineFailed()
         asked = fields.pop("max_completion_tokens", None), fields.pop("max_tokens", None)
+        self._metered = self._meter.open(ticket)
         self._admission = Admission(
             ticket,
+            self._metered,
             next((tokens for tokens in asked if tokens is not None), ticket.max_tokens),
             fields.pop("min_tokens", None) or 0,
         )
@@ -153,34 +203,46 @@ class _Exchange:
     async def events(self) -> AsyncGenerator[EngineEvent, None]:
         """``EngineStarted`` as soon as the engine has taken the request, then the answer."""
         opening = asyncio.create_task(self._open())
-        accepted = self._admission.accepted
+        accepted, metered = self._admission.accepted, self._metered
         stream: AsyncGenerator[Any, None] | None = None
         try:
             await asyncio.wait((opening, accepted), return_when=asyncio.FIRST_COMPLETED)
-            reader = StreamReader(self._version, self._choices())
+            reader = StreamReader(self._version, self._choices(), metered.progress)
             if not accepted.done():
                 # Refused: raised, or as the first event of the stream.
                 first, stream = await opening
                 reader.feed(first)
                 raise EngineFailed()
-            yield self._started
+            yield EngineStarted(
+                self._replica_id, self._version, ENGINE_VERSION, metered.prompt_tokens
+            )
             first, stream = await opening
             if stream is None:
-                yield EngineChunk(first.body)
-                yield EngineFinished(usage_of(orjson.loads(first.body)["usage"]))
+                usage = usage_of(orjson.loads(first.body)["usage"])
+                yield EngineChunk(first.body, 0, metered.total_us)
+                yield await self._finished(EngineFinished(usage))
                 return
             if (chunk := reader.feed(first)) is not None:
                 yield chunk
             async for item in stream:
                 if (chunk := reader.feed(item)) is not None:
                     yield chunk
-            yield reader.finish()
+            yield await self._finished(reader.finish())
         except GatehouseError:
             raise
         except Exception as error:
             raise self._mapped(error) from None
         finally:
-            await self._abort(opening, stream)
+            try:
+                await self._abort(opening, stream)
+            finally:
+                metered.close()
+
+    async def _finished(self, event: EngineFinished) -> EngineFinished:
+        """The last event, with what the request has cost."""
+        gpu_us = await self._metered.final()
+        self._metered.finished = True
+        return replace(event, gpu_us=gpu_us)
 
     async def _open(self) -> tuple[Any, AsyncGenerator[Any, None] | None]:
         """Start the request under its admission; gives the first item and the stream.

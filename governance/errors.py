@@ -12,7 +12,8 @@
     │   ├── ExpiredCredential           401     expired_credential
     │   └── RevokedCredential           401     revoked_credential
     ├── NotPermitted                    403     not_permitted
-    │   └── BlockedByPolicy             403     blocked_by_policy
+    │   ├── BlockedByPolicy             403     blocked_by_policy
+    │   └── NoAccount                   403     no_budget_account
     ├── RouteNotFound                   404     not_found
     ├── ModelNotFound                   404     model_not_found
     ├── ObjectNotFound                  404     object_not_found
@@ -32,6 +33,7 @@
     │   ├── IdentityUnavailable         503     identity_unavailable
     │   ├── ControlUnavailable          503     control_plane_unavailable
     │   ├── AuditUnavailable            503     audit_unavailable
+    │   ├── LedgerUnavailable           503     ledger_unavailable
     │   └── EngineUnavailable           503     engine_unavailable
     └── EngineTimeout                   504     engine_timeout
 
@@ -41,6 +43,8 @@ becomes one.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class GatehouseError(Exception):
@@ -147,6 +151,12 @@ class BlockedByPolicy(NotPermitted):
     code = "blocked_by_policy"
 
 
+class NoAccount(NotPermitted):
+    """Your department has no budget account; the owner of budgets can open one."""
+
+    code = "no_budget_account"
+
+
 class RouteNotFound(GatehouseError):
     """There is no such endpoint."""
 
@@ -207,10 +217,34 @@ class TooManyParallel(RateLimited):
     code = "too_many_parallel_requests"
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What is left of an account that cannot cover a request; ``None`` where it has no limit."""
+
+    account: str
+    reset_us: int
+    """When the budget is fresh again, microseconds since 1970 UTC."""
+    gpu_us: int | None
+    """Charged device-microseconds that a smaller request could still have."""
+    tokens: int | None
+
+
 class BudgetExhausted(RateLimited):
     """The account's budget is used up."""
 
     code = "budget_exhausted"
+
+    def __init__(
+        self,
+        message: str = "",
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        rule_ids: tuple[str, ...] = (),
+        shortage: Shortage | None = None,
+    ) -> None:
+        super().__init__(message, param, retry_after_s, rule_ids)
+        self.args = (message, param, retry_after_s, rule_ids, shortage)
+        self.shortage = shortage
 
 
 class Overloaded(RateLimited):
@@ -259,6 +293,12 @@ class AuditUnavailable(Unavailable):
     """The audit trail cannot be written, so nothing is answered."""
 
     code = "audit_unavailable"
+
+
+class LedgerUnavailable(Unavailable):
+    """The budget ledger cannot be reached, and what it lent is used up; try again shortly."""
+
+    code = "ledger_unavailable"
 
 
 class EngineUnavailable(Unavailable):

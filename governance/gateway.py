@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+import re
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from governance.admission.limits import RateLimiter
+from governance.closing import TurnCloser
 from governance.errors import (
     BlockedByPolicy,
     ClientClosed,
@@ -29,13 +31,16 @@ from governance.errors import (
     ModelNotFound,
 )
 from governance.inspection.walker import walk
+from governance.nulls import NullObserver
 from governance.ports import (
     AuditLog,
     Authenticator,
     Clock,
     Engine,
+    Hold,
     Inspector,
     Ledger,
+    Observer,
     Policy,
     Router,
 )
@@ -48,6 +53,7 @@ from governance.request import (
 )
 from governance.tracebacks import without_messages
 from governance.types import (
+    BudgetAsk,
     Decision,
     Dispatch,
     Effect,
@@ -69,9 +75,12 @@ log = logging.getLogger("gatehouse.gateway")
 PRIORITY = {"critical": -10, "standard": 0, "batch": 10}
 """vLLM priority of each class: lower is served earlier."""
 
+_UNOBSERVED = NullObserver()
+
 _FINISH = b'"finish_reason":"'
 """Marks the chunk that ends a choice. Inside generated text the quotes are escaped, so text
 cannot imitate it."""
+_REASON = re.compile(rb'"finish_reason":"([a-z_]+)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,10 @@ class Call:
     """Gives the body; raises RequestTooLarge or RequestTimeout."""
     request_id: str
     decision_id: str
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Goes into ``Turn.notes``: where the request stands in a trace, if anywhere."""
+    opened: Callable[[Turn], None] | None = None
+    """Given the turn at once: a refusal too is told with what is known by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,8 @@ class Gateway:
         engine: Engine,
         clock: Clock,
         max_answer_tokens: int,
+        monotonic: Clock = lambda: time.monotonic_ns() // 1000,
+        observer: Observer = _UNOBSERVED,
     ) -> None:
         self.models: Mapping[str, ModelInfo] = {model.id: model for model in models}
         self.authenticator = authenticator
@@ -134,8 +149,9 @@ class Gateway:
         self.audit = audit
         self.engine = engine
         self.clock = clock
+        self.monotonic = monotonic
         self.max_answer_tokens = max_answer_tokens
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closer = TurnCloser(audit, observer, clock)
 
     async def exchange(self, call: Call) -> AsyncGenerator[GatewayEvent, None]:
         """Serve one request: ``Accepted``, chunks as they may be released, ``Answer``.
@@ -146,20 +162,27 @@ class Gateway:
         Raises:
             GatehouseError: A refusal, before ``Accepted``; or a failure, at any point.
         """
-        turn = Turn(call.request_id, call.decision_id, self.clock(), call.operation)
+        turn = self._open(call)
         try:
             turn.principal = principal = await self.authenticator.authenticate(call.authorization)
+            turn.lap("identify")
             turn.request = request = await self._read(call)
+            turn.lap("read")
             model = self._visible(principal, request)
             admission = self._admission(principal, model, request)
             with self.limiter.acquire(principal.key, admission.limits):
                 request = turn.request = await self._decode_tokens(model, admission, request)
                 turn.input_inspection = await self.inspector.inspect_input(walk(request))
+                turn.lap("inspect_input")
                 turn.decision = decision = self._decide(turn, principal, model, request)
+                turn.lap("decide")
                 turn.route = route = await self.router.route(request, (model,))
-                dispatch = await self._prepare(turn, principal, request, decision, route)
+                turn.lap("route")
+                hold, dispatch = await self._reserve(turn, principal, request, decision, route)
+                turn.lap("reserve")
                 await self.audit.decided(turn)
-                async with aclosing(self._stream(turn, request, dispatch)) as events:
+                turn.lap("record_decided")
+                async with aclosing(self._stream(turn, request, hold, dispatch)) as events:
                     async for event in events:
                         yield event
         except GatehouseError as error:
@@ -176,7 +199,7 @@ class Gateway:
             raise failure from error
         finally:
             if not turn.ended_us:
-                await self._shielded(self._close(turn))
+                await self._closer.close(turn)
 
     async def visible_models(self, authorization: str | None) -> list[ModelInfo]:
         """The models that the caller may use, in catalogue order."""
@@ -184,6 +207,15 @@ class Gateway:
         return [m for m in self.models.values() if self.policy.visible(principal, m)]
 
     # -- stages -------------------------------------------------------------------------------
+
+    def _open(self, call: Call) -> Turn:
+        turn = Turn(call.request_id, call.decision_id, self.clock(), call.operation)
+        turn.monotonic = self.monotonic
+        turn.lap_us = self.monotonic()
+        turn.notes.update(call.notes)
+        if call.opened is not None:
+            call.opened(turn)
+        return turn
 
     async def _read(self, call: Call) -> InferenceRequest:
         return parse_request(call.operation, await call.read_body())
@@ -250,37 +282,51 @@ class Gateway:
         if decision.effect is not Effect.ALLOW:
             raise BlockedByPolicy(decision.message or "", None, None, decision.rule_ids)
 
-    async def _prepare(
+    async def _reserve(
         self,
         turn: Turn,
         principal: Principal,
         request: InferenceRequest,
         decision: Decision,
         route: Route,
-    ) -> Dispatch:
-        """Reserve, and fix the exact bytes that the engine will get."""
-        turn.reservation = await self.ledger.reserve(turn)
-        max_tokens = self._answer_tokens(request, decision)
+    ) -> tuple[Hold, Dispatch]:
+        """Fix the exact bytes that the engine will get, and reserve what they may cost."""
+        turn.max_tokens = max_tokens = self._answer_tokens(request, decision)
         priority = PRIORITY[decision.priority_class]
-        body = forward_body(
+        turn.body = forward_body(
             request,
             model=route.model.id,
             max_tokens=max_tokens,
             cache_salt=principal.department,
             priority=priority,
         )
-        return Dispatch(
+        ask = BudgetAsk(
+            request_id=turn.request_id,
+            department=principal.department,
+            model=route.model.id,
+            base_model=route.model.base,
+            operation=request.operation,
+            prompt_bytes=len(turn.body),
+            choices=request.choices,
+            max_tokens=0 if request.operation is Operation.EMBEDDINGS else max_tokens,
+        )
+        try:
+            turn.hold = hold = await self.ledger.reserve(ask)
+        finally:
+            turn.account = self.ledger.usage(principal.department)
+        turn.reservation = hold.reservation
+        return hold, Dispatch(
             request_id=turn.request_id,
             decision_id=turn.decision_id,
             model=route.model.id,
             base_model=route.model.base,
             operation=request.operation,
-            body=body,
+            body=turn.body,
             principal_key=principal.key,
             department=principal.department,
             priority=priority,
             max_tokens=max_tokens * request.choices,
-            reservation_id=turn.reservation.id,
+            reservation_id=hold.reservation.id,
             affinity=affinity_key(principal.department, opening(request)),
             context_tokens=decision.limits.context_tokens,
         )
@@ -292,9 +338,13 @@ class Gateway:
         return wanted if most is None else max(1, min(wanted, most // request.choices))
 
     async def _stream(
-        self, turn: Turn, request: InferenceRequest, dispatch: Dispatch
+        self, turn: Turn, request: InferenceRequest, hold: Hold, dispatch: Dispatch
     ) -> AsyncGenerator[GatewayEvent, None]:
-        """Stream from the engine through output inspection; hold the end until it is recorded."""
+        """Stream from the engine through output inspection; hold the end until it is recorded.
+
+        The hold grows chunk by chunk ahead of the engine: when the account is used up, the stream
+        is closed, which aborts the engine's work.
+        """
         inspection = self.inspector.open_output(turn)
         held: list[bytes] = []
         unfinished = request.choices
@@ -302,6 +352,8 @@ class Gateway:
         async with aclosing(self.engine.stream(dispatch)) as events:
             async for event in events:
                 if isinstance(event, EngineChunk):
+                    if hold.consumed(event.tokens, event.gpu_us):
+                        await hold.extend()
                     released = inspection.feed(event)
                     if released is None:
                         continue
@@ -312,11 +364,16 @@ class Gateway:
                         held.append(released.data)
                         continue
                     turn.sent_bytes += len(released.data)
+                    self.audit.output(turn, released.data)
                     yield released
                 elif isinstance(event, EngineStarted):
+                    turn.accepted_us = self.clock()
                     turn.replica_id = event.replica_id
                     turn.model_version = event.model_version
                     turn.engine_version = event.engine_version
+                    if event.prompt_tokens:
+                        await hold.started(event.prompt_tokens)
+                    turn.lap("engine_start")
                     yield Accepted(request, turn)
                 else:
                     finished = event
@@ -326,10 +383,12 @@ class Gateway:
         if rest is not None:
             held.append(rest.data)
         tail = b"".join(held)
-        turn.usage = finished.usage
+        turn.usage, turn.gpu_us = finished.usage, finished.gpu_us
+        turn.finish_reason = _finish_reason(tail)
         turn.sent_bytes += len(tail)
+        self.audit.output(turn, tail)
         turn.outcome, turn.status = Outcome.COMPLETED, 200
-        await self._shielded(self._close(turn))
+        await self._closer.close(turn)
         yield Answer(tail, finished)
 
     # -- the end ------------------------------------------------------------------------------
@@ -345,34 +404,12 @@ class Gateway:
                 without_messages(cause or error),
             )
 
-    async def _close(self, turn: Turn) -> None:
-        """Settle and record, once per turn; a settlement that fails costs no record."""
-        turn.ended_us = self.clock()
-        try:
-            try:
-                if turn.reservation is not None:
-                    await self.ledger.settle(turn)
-            finally:
-                await self.audit.completed(turn)
-        except Exception as error:
-            known = error if isinstance(error, GatehouseError) else InternalError()
-            # Said here, because a client that has gone leaves nobody to raise it to.
-            log.error(
-                "request %s not settled or not recorded: %s\n%s",
-                turn.request_id,
-                known.code,
-                without_messages(error),
-            )
-            raise known from None
-
-    async def _shielded(self, work: Coroutine[Any, Any, None]) -> None:
-        """Finish ``work`` also when the client goes: cancellation reaches us, not the work."""
-        task = asyncio.create_task(work)
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-        await asyncio.shield(task)
-
     async def drain(self) -> None:
         """Wait for all turns that are being settled and recorded."""
-        while self._closing:
-            await asyncio.gather(*self._closing, return_exceptions=True)
+        await self._closer.drain()
+
+
+def _finish_reason(tail: bytes) -> str | None:
+    """Reason of the choice that ended last; ``None`` where nothing was generated."""
+    reasons = _REASON.findall(tail)
+    return reasons[-1].decode() if reasons else None

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from governance.budget.messages import AccountState
 from governance.types import (
+    Amount,
+    BudgetAsk,
     EngineChunk,
     InferenceRequest,
     Inspection,
@@ -17,6 +20,7 @@ from governance.types import (
     Route,
     TextLeaf,
     Turn,
+    Usage,
 )
 
 
@@ -60,13 +64,36 @@ class FixedRouter:
 class NullLedger:
     """Reserves nothing and settles nothing: departments have no budgets."""
 
-    announce = "budgets: off - GPU time is neither measured nor limited per department"
+    announce = "budgets: off - GPU time is not limited per department"
 
-    async def reserve(self, turn: Turn) -> Reservation:
-        """Give a reservation without an account; its id ties the engine's work to the turn."""
-        return Reservation(id=turn.request_id)
+    async def reserve(self, ask: BudgetAsk) -> NullHold:
+        """Give a hold without an account; its id ties the engine's work to the turn."""
+        return NullHold(Reservation(id=ask.request_id))
 
-    async def settle(self, turn: Turn) -> None:
+    def usage(self, department: str) -> AccountState | None:
+        """There are no accounts."""
+        return None
+
+
+class NullHold:
+    """Holds nothing."""
+
+    charged = Amount()
+
+    def __init__(self, reservation: Reservation) -> None:
+        self.reservation = reservation
+
+    async def started(self, prompt_tokens: int) -> None:
+        """Nothing was estimated."""
+
+    def consumed(self, tokens: int, gpu_us: int) -> bool:
+        """Nothing is counted; nothing needs to be reserved."""
+        return False
+
+    async def extend(self) -> None:
+        """Nothing is reserved."""
+
+    def settle(self, usage: Usage | None, gpu_us: int | None) -> None:
         """Nothing was held."""
 
 
@@ -78,5 +105,15 @@ class NullAudit:
     async def decided(self, turn: Turn) -> None:
         """Record nothing."""
 
+    def output(self, turn: Turn, data: bytes) -> None:
+        """Keep nothing."""
+
     async def completed(self, turn: Turn) -> None:
         """Record nothing."""
+
+
+class NullObserver:
+    """Takes no notice."""
+
+    def ended(self, turn: Turn) -> None:
+        """Forget it."""

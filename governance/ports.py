@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Protocol
 
+from governance.budget.messages import AccountState
 from governance.types import (
+    Amount,
+    BudgetAsk,
     Decision,
     Dispatch,
     EngineChunk,
@@ -22,6 +25,7 @@ from governance.types import (
     Route,
     TextLeaf,
     Turn,
+    Usage,
 )
 
 Clock = Callable[[], int]
@@ -96,19 +100,74 @@ class Router(Protocol):
         ...
 
 
-class Ledger(Protocol):
-    """reserve and settle."""
+class Hold(Protocol):
+    """What one request holds of its department's budget, from admission to settlement."""
 
-    async def reserve(self, turn: Turn) -> Reservation:
-        """Hold what the request may cost.
+    @property
+    def reservation(self) -> Reservation:
+        """The hold as it is now."""
+        ...
+
+    @property
+    def charged(self) -> Amount:
+        """What has been charged so far; final after ``settle``."""
+        ...
+
+    async def started(self, prompt_tokens: int) -> None:
+        """The engine has counted the prompt: replace the estimate.
+
+        Raises:
+            BudgetExhausted: The prompt is longer than estimated and the account cannot cover it.
+        """
+        ...
+
+    def consumed(self, tokens: int, gpu_us: int) -> bool:
+        """Count what was generated; called for each chunk, so it takes a microsecond.
+
+        Args:
+            tokens: Answer tokens of this chunk.
+            gpu_us: Device-microseconds metered for the request so far, unweighted.
+
+        Returns:
+            Whether the next chunk must be reserved (``extend``) before more is released.
+        """
+        ...
+
+    async def extend(self) -> None:
+        """Reserve the next chunk.
 
         Raises:
             BudgetExhausted: The account cannot cover it.
         """
         ...
 
-    async def settle(self, turn: Turn) -> None:
-        """Replace the hold by what was used; repeating it changes nothing."""
+    def settle(self, usage: Usage | None, gpu_us: int | None) -> None:
+        """Replace the hold by what was used; repeating it changes nothing.
+
+        ``None`` where the engine has not said: what was consumed counts, and the engine's own
+        report to the ledger corrects it.
+        """
+        ...
+
+
+class Ledger(Protocol):
+    """reserve and settle."""
+
+    async def reserve(self, ask: BudgetAsk) -> Hold:
+        """Hold what the prompt and the first chunk of the answer may cost.
+
+        Raises:
+            BudgetExhausted: The account cannot cover it.
+            NoAccount: The department has no account.
+            LedgerUnavailable: No lease is left, and the ledger cannot be reached.
+        """
+        ...
+
+    def usage(self, department: str) -> AccountState | None:
+        """State of a department's account, two seconds old at most while the ledger is reached.
+
+        ``None`` where there is no account, or nothing has been heard of it yet.
+        """
         ...
 
 
@@ -116,15 +175,39 @@ class AuditLog(Protocol):
     """record decided, record completed."""
 
     async def decided(self, turn: Turn) -> None:
-        """Make the decision durable before any model sees the request.
+        """Make the decision and the encrypted input durable before any model sees the request.
+
+        Sets ``turn.decided_event_id``.
 
         Raises:
             AuditUnavailable: It cannot be written.
         """
         ...
 
+    def output(self, turn: Turn, data: bytes) -> None:
+        """Take a piece of the answer in, in order; encrypted and durable within a second.
+
+        Raises:
+            AuditUnavailable: It cannot be written; the piece must not be released.
+        """
+        ...
+
     async def completed(self, turn: Turn) -> None:
-        """Make the outcome durable before the end of the answer is released."""
+        """Make the outcome, and the rest of the encrypted answer, durable.
+
+        Called once per turn, also for one that was refused before ``decided``.
+
+        Raises:
+            AuditUnavailable: It cannot be written.
+        """
+        ...
+
+
+class Observer(Protocol):
+    """Hears of every turn that ended: metrics, traces, the line in the log."""
+
+    def ended(self, turn: Turn) -> None:
+        """Take note, in microseconds; never raises, never waits."""
         ...
 
 

@@ -6,10 +6,14 @@ microseconds, ``_tokens`` tokens, ``_bytes`` bytes. Nothing here does I/O or rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from governance.budget.messages import AccountState
+    from governance.ports import Hold
 
 
 class Operation(StrEnum):
@@ -190,12 +194,46 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """A quantity of what budgets are kept in; also a difference of two."""
+
+    gpu_us: int = 0
+    """Charged device time: device-microseconds times the weight of the accelerator."""
+    tokens: int = 0
+    """Prompt plus answer tokens."""
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.gpu_us + other.gpu_us, self.tokens + other.tokens)
+
+    def __sub__(self, other: Amount) -> Amount:
+        return Amount(self.gpu_us - other.gpu_us, self.tokens - other.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetAsk:
+    """What the ledger must know of a request to reserve for it."""
+
+    request_id: str
+    department: str
+    """Department of the principal; names the account."""
+    model: str
+    base_model: str
+    operation: Operation
+    prompt_bytes: int
+    """Bytes of the body that is forwarded: the prompt is not tokenised at the gateway."""
+    choices: int
+    max_tokens: int
+    """Most answer tokens per choice; 0 where nothing is generated."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """A hold on an account; ``account`` is ``None`` while no ledger is configured."""
 
     id: str
     account: str | None = None
-    reserved_us: int = 0
+    reserved: Amount = Amount()
+    """What is held now; grows with each chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +282,8 @@ class EngineStarted:
     model_version: str
     """``sha256:<hex>`` digest of the weights actually loaded (base, then adapter if any)."""
     engine_version: str
+    prompt_tokens: int = 0
+    """Tokens of the prompts taken so far; 0 where the engine did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +295,10 @@ class EngineChunk:
     """
 
     data: bytes
+    tokens: int = 0
+    """Answer tokens that this piece stands for."""
+    gpu_us: int = 0
+    """Device-microseconds metered for the whole request so far; a tenth of a second old at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +308,9 @@ class EngineFinished:
     usage: Usage
     usage_event: bytes = b""
     """The engine's own usage event, for streams whose client asked for it."""
+    gpu_us: int | None = None
+    """Device-microseconds metered for the request: step time times devices, its share of each step
+    (not weighted by accelerator). ``None`` where the engine does not meter."""
 
 
 EngineEvent = EngineStarted | EngineChunk | EngineFinished
@@ -291,16 +338,45 @@ class Turn:
     input_inspection: Inspection | None = None
     decision: Decision | None = None
     route: Route | None = None
+    hold: Hold | None = None
+    """The live hold on the budget; ``reservation`` is what it was when last looked at."""
     reservation: Reservation | None = None
+    body: bytes | None = None
+    """Exactly what the engine was sent; ``None`` until it is fixed."""
+    max_tokens: int | None = None
+    """Answer tokens per choice that were allowed; ``None`` until ``body`` is fixed."""
+    decided_event_id: str | None = None
+    """Audit event of the decision, once it is durable; cells of content hang on it."""
     replica_id: str | None = None
     model_version: str | None = None
     engine_version: str | None = None
     output_inspection: Inspection | None = None
     usage: Usage | None = None
+    gpu_us: int | None = None
+    """Device-microseconds metered; ``None`` while unknown."""
+    charged: Amount | None = None
+    """What the account was charged; ``None`` without a ledger."""
+    finish_reason: str | None = None
     outcome: Outcome | None = None
     error_code: str | None = None
     status: int = 0
+    accepted_us: int = 0
+    """When an engine took the request; 0 before."""
     first_chunk_us: int = 0
     ended_us: int = 0
     sent_bytes: int = 0
+    stage_us: dict[str, int] = field(default_factory=dict)
+    """Microseconds that each stage took, by name, in the order of the path."""
+    account: AccountState | None = None
+    """State of the caller's account when the request was admitted or refused."""
     notes: dict[str, str] = field(default_factory=dict)
+    monotonic: Callable[[], int] = lambda: 0
+    """Clock of the laps: microseconds that never go back."""
+    lap_us: int = 0
+    """When the stage in progress began, by ``monotonic``."""
+
+    def lap(self, stage: str) -> None:
+        """A stage has ended: note how long it took, and begin the next."""
+        now = self.monotonic()
+        self.stage_us[stage] = self.stage_us.get(stage, 0) + now - self.lap_us
+        self.lap_us = now

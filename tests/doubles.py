@@ -65,11 +65,16 @@ class RecordingAudit:
     def __init__(self, refuse: GatehouseError | None = None) -> None:
         self.entries: list[tuple[str, Turn]] = []
         self.refuse = refuse
+        self.outputs: dict[str, bytes] = {}
 
     async def decided(self, turn: Turn) -> None:
         if self.refuse:
             raise self.refuse
+        turn.decided_event_id = f"event-{len(self.entries)}"
         self.entries.append(("decided", turn))
+
+    def output(self, turn: Turn, data: bytes) -> None:
+        self.outputs[turn.request_id] = self.outputs.get(turn.request_id, b"") + data
 
     async def completed(self, turn: Turn) -> None:
         await asyncio.sleep(0)
@@ -109,7 +114,7 @@ class ScriptedEngine:
         try:
             if self.failure and self.fail_at is None:
                 raise self.failure
-            yield EngineStarted("replica-1", VERSION, "test")
+            yield EngineStarted("replica-1", VERSION, "test", 3)
             if dispatch.operation is Operation.EMBEDDINGS:
                 yield EngineChunk(
                     json.dumps(
@@ -130,7 +135,8 @@ class ScriptedEngine:
                     await asyncio.Event().wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
-                yield EngineChunk(sse(self._chunk(dispatch, number, word)))
+                metered = (number + 1) * 1000
+                yield EngineChunk(sse(self._chunk(dispatch, number, word)), 1, metered)
             count = len(self.words)
             usage = {
                 "prompt_tokens": 3,
@@ -138,7 +144,7 @@ class ScriptedEngine:
                 "total_tokens": 3 + count,
             }
             event = sse({**self._head(dispatch), "choices": [], "usage": usage})
-            yield EngineFinished(Usage(3, count), event)
+            yield EngineFinished(Usage(3, count), event, (count + 1) * 1000)
         finally:
             self.closed += 1
 

@@ -31,6 +31,7 @@ from governance.types import (
 
 MODEL_VERSION = "sha256:" + "ab" * 32
 VOCABULARY = 100
+TOKEN_US = 1000
 
 
 def dispatch_of(
@@ -74,7 +75,8 @@ class FakeBackend:
     Further orders: ``start_delay_s`` before the first event; ``raise_at`` n with ``error`` (class
     name in ``governance.errors``, or ``foreign``), -1 for before the start; ``hang_at`` n;
     ``raw_bytes`` for one long body; ``truncate`` ends without ``EngineFinished``; ``burst`` gives
-    all events without suspending.
+    all events without suspending. Each event stands for one token and costs ``TOKEN_US``; so does
+    the prompt. ``unmetered`` gives no total.
     """
 
     def __init__(self, replica_id: str = "replica-1") -> None:
@@ -85,6 +87,10 @@ class FakeBackend:
         self.ended = 0
         self.produced_bytes = 0
         self.tickets: list[Ticket] = []
+        self.delivered_tickets: list[Ticket] = []
+
+    def delivered(self, ticket: Ticket) -> None:
+        self.delivered_tickets.append(ticket)
 
     def load(self) -> EngineLoad:
         return EngineLoad(self.running, self.waiting, min(1000, 10 * self.running))
@@ -115,9 +121,9 @@ class FakeBackend:
     ) -> AsyncGenerator[EngineEvent, None]:
         await asyncio.sleep(orders.get("start_delay_s", 0))
         self._maybe_raise(orders, -1)
-        yield EngineStarted(self.replica_id, MODEL_VERSION, "fake-1")
+        yield EngineStarted(self.replica_id, MODEL_VERSION, "fake-1", 7)
         if "raw_bytes" in orders:
-            yield EngineChunk(b"e" * orders["raw_bytes"])
+            yield EngineChunk(b"e" * orders["raw_bytes"], 0, TOKEN_US)
         count = orders.get("count", 0)
         for number in range(count):
             self._maybe_raise(orders, number)
@@ -125,9 +131,11 @@ class FakeBackend:
                 await asyncio.Event().wait()
             if not orders.get("burst"):
                 await asyncio.sleep(orders.get("delay_s", 0))
-            yield EngineChunk(event_bytes(ticket.request_id, number, orders.get("size", 0)))
+            data = event_bytes(ticket.request_id, number, orders.get("size", 0))
+            yield EngineChunk(data, 1, (number + 2) * TOKEN_US)
         if not orders.get("truncate"):
-            yield EngineFinished(Usage(7, count, 2), b"data: {}\n\n")
+            gpu_us = None if orders.get("unmetered") else (count + 1) * TOKEN_US
+            yield EngineFinished(Usage(7, count, 2), b"data: {}\n\n", gpu_us)
 
     @staticmethod
     def _maybe_raise(orders: dict[str, Any], number: int) -> None:

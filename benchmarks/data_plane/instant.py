@@ -72,6 +72,9 @@ class InstantBackend:
         """No load."""
         return EngineLoad()
 
+    def delivered(self, ticket: Ticket) -> None:
+        """Nothing is metered."""
+
     async def detokenize(self, model: str, prompts: list[list[int]]) -> list[str]:
         """Not measured; each prompt is an empty text."""
         return ["" for _ in prompts]

@@ -95,7 +95,7 @@ async def serve_streams() -> int:
             )
             async for event in backend.run(operation, body, ticket):
                 if isinstance(event, EngineChunk):
-                    writer.write(frames.frame(FrameType.CHUNK, event.data))
+                    writer.write(frames.chunk_frame(event.data, event.tokens, event.gpu_us))
                 elif isinstance(event, EngineStarted):
                     writer.write(frames.started_frame(event))
                 else:
@@ -123,7 +123,7 @@ async def dial_streams(port: int) -> tuple[Client, Close]:
             length, kind = struct.unpack(">IB", await reader.readexactly(5))
             payload = await reader.readexactly(length)
             if kind == FrameType.CHUNK:
-                yield EngineChunk(payload)
+                yield frames.parse_chunk(payload)
             elif kind == FrameType.STARTED:
                 yield frames.parse_started(payload)
             else:

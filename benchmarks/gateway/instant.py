@@ -65,14 +65,14 @@ class InstantBackend:
         """Answer; ``words=50`` in the prompt asks for the long answer of the streamed case."""
         pace = _PACE.search(body)
         words = self._word if b"words=50" in body else self._plain
-        yield EngineStarted(self._replica_id, "sha256:" + "0" * 64, "instant")
+        yield EngineStarted(self._replica_id, "sha256:" + "0" * 64, "instant", 32)
         yield EngineChunk(_FIRST)
-        for word in words:
+        for number, word in enumerate(words, 2):
             if pace:
                 await asyncio.sleep(int(pace[1]) / 1000)
-            yield EngineChunk(word)
-        yield EngineChunk(_LAST)
-        yield EngineFinished(Usage(32, len(words)), _USAGE)
+            yield EngineChunk(word, 1, 100 * number)
+        yield EngineChunk(_LAST, 0, 100 * len(words) + 100)
+        yield EngineFinished(Usage(32, len(words)), _USAGE, 100 * len(words) + 100)
 
     async def detokenize(self, model: str, prompts: list[list[int]]) -> list[str]:
         """Not part of the measurement."""
@@ -81,6 +81,9 @@ class InstantBackend:
     def load(self) -> EngineLoad:
         """An instant engine has none."""
         return EngineLoad()
+
+    def delivered(self, ticket: Ticket) -> None:
+        """Nothing is metered."""
 
 
 class InstantEngine:
@@ -96,7 +99,7 @@ class InstantEngine:
             return {g.gateway_id: g.public_key for g in self._control.snapshot.gateways}
 
         verifier = TicketVerifier([model["id"]], keys, lambda: time.time_ns() // 1000)
-        backend = InstantBackend(replica_id)
+        backend = self.make_backend(replica_id, model, state_dir)
         self._handles = HandleReplica(backend, verifier)
         self._server = DataPlaneServer(backend, verifier, replica_id, max_in_flight=4096)
         port = await self._server.start(host or "127.0.0.1")
@@ -105,6 +108,10 @@ class InstantEngine:
             replica_id, model["id"], (model["id"],), "127.0.0.1", port, version, "instant"
         )
         await self._control.start(address)
+
+    def make_backend(self, replica_id: str, model: dict[str, Any], state_dir: str) -> Any:
+        """What answers."""
+        return InstantBackend(replica_id)
 
     async def run(
         self, ticket: bytes, operation: str, body: bytes

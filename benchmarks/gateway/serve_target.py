@@ -45,6 +45,7 @@ def environment(state: Path) -> None:
         # Ray runs its workers at niceness 15; the other targets run at 0.
         RAY_worker_niceness="0",
         GATEHOUSE_STATE=str(state),
+        GATEHOUSE_EVIDENCE=str(state / "evidence"),
     )
     set_environment(os.environ)
 
@@ -52,6 +53,7 @@ def environment(state: Path) -> None:
 def gatehouse(options: argparse.Namespace) -> tuple[object, str, Callable[[], None]]:
     """Our application around instant engines, a real access token, and what stops the issuer."""
     from benchmarks.gateway.instant import InstantEngine
+    from benchmarks.gateway.metered import MeteredInstantEngine, UnbookedIngress
     from deployments.app import assemble
     from deployments.config import AppConfig
     from deployments.dev_process import DevIdentityProvider
@@ -78,6 +80,7 @@ def gatehouse(options: argparse.Namespace) -> tuple[object, str, Callable[[], No
             "policy": str(policy),
             "gateway": {
                 "cpus": 0.2,
+                "replicas": {"min": options.replicas, "max": options.replicas},
                 "data_plane": options.data_plane,
                 "max_ongoing_requests": options.max_ongoing_requests,
                 "max_queued_requests": options.max_queued_requests,
@@ -95,7 +98,11 @@ def gatehouse(options: argparse.Namespace) -> tuple[object, str, Callable[[], No
             ],
         }
     )
-    return assemble(args, InstantEngine), fetch_token(issuer, "data-scientist"), provider.stop
+    if options.books == "off":
+        app = assemble(args, InstantEngine, UnbookedIngress)
+    else:
+        app = assemble(args, MeteredInstantEngine)
+    return app, fetch_token(issuer, "data-scientist"), provider.stop
 
 
 def stock() -> tuple[object, str, Callable[[], None]]:
@@ -135,6 +142,10 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--data-plane", choices=["socket", "handle"], default="socket")
+    parser.add_argument(
+        "--books", choices=["on", "off"], default="on", help="ledger, audit and metering"
+    )
+    parser.add_argument("--replicas", type=int, default=1, help="gateways")
     parser.add_argument("--max-ongoing-requests", type=int, default=2000)
     parser.add_argument("--max-queued-requests", type=int, default=256)
     parser.add_argument("--parallel-requests", type=int, default=1000, help="of one caller")

@@ -196,17 +196,17 @@ def start_litellm(targets: Targets, python: Path, upstream: Target) -> Target:
     return target
 
 
-def start_serve(targets: Targets, name: str, *options: str) -> Target:
-    """A Ray Serve target: ``gatehouse`` or ``stock``."""
+def start_serve(targets: Targets, name: str, *options: str, label: str = "") -> Target:
+    """A Ray Serve target: ``gatehouse`` or ``stock``; two of a kind need labels of their own."""
     port = free_port()
-    state = targets.folder / name
+    state = targets.folder / (label or name)
     command = [sys.executable, "-m", "benchmarks.gateway.serve_target", name]
     command += ["--port", str(port), "--state", str(state), *options]
-    process = targets.spawn(name, command, stop_s=STOP_S)
-    token = _ready_token(name, process)
+    process = targets.spawn(label or name, command, stop_s=STOP_S)
+    token = _ready_token(label or name, process)
     model = "mock-8b" if name == "stock" else None
     pid = process.pid
-    target = Target(name, port, pid, token, bodies(name, model=model), port, pid)
+    target = Target(label or name, port, pid, token, bodies(name, model=model), port, pid)
     check(target)
     return target
 

@@ -32,24 +32,24 @@ LifetimeS = Annotated[int, Field(ge=60, le=MAX_KEY_LIFETIME_S)]
 UnixTime = Annotated[int, Field(ge=0, le=_LAST_SECOND)]
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
     """Types are taken as JSON has them: ``"60"`` is no number and ``true`` neither."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class NoFields(_Fields):
+class NoFields(Fields):
     """A request that takes nothing."""
 
 
-class KeyReference(_Fields):
+class KeyReference(Fields):
     """A request about one key."""
 
     key_id: KeyId
     """Id of the key: the part between the first and the second underscore."""
 
 
-class CreateKey(_Fields):
+class CreateKey(Fields):
     """A new service key."""
 
     name: Annotated[Text, Field(max_length=128)]
@@ -75,7 +75,7 @@ class RotateKey(KeyReference):
     """Seconds that the old key still works; never longer than it would have."""
 
 
-class _Revocation(_Fields):
+class _Revocation(Fields):
     reason: Text | None = None
     """For the record."""
 

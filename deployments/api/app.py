@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 import orjson
@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import models as models_api
 from deployments.api.admin import AdminApi
-from deployments.api.completions import BodyLimits, Exchange, read_body
+from deployments.api.completions import BodyLimits, Exchange, Trace, read_body
 from deployments.api.envelope import error_response, new_id
-from deployments.api.schema import CHAT, COMPLETIONS, EMBEDDINGS, ERRORS
+from deployments.api.schema import CHAT, COMPLETIONS, EMBEDDINGS, ERRORS, USAGE, USAGE_ANSWER
+from deployments.api.usage import UsageApi
+from deployments.telemetry.traces import NoTracing
 from governance.errors import (
     GatehouseError,
     InternalError,
@@ -33,6 +35,7 @@ log = logging.getLogger("gatehouse.api")
 
 Json = dict[str, Any]
 AdminHandler = Callable[[Principal, Json], Awaitable[Json]]
+AdminRoutes = Iterable[tuple[str, str, AdminHandler, bool]]
 
 
 def create_app(
@@ -43,6 +46,8 @@ def create_app(
     ready: Callable[[], dict[str, bool]],
     created_s: int,
     version: str,
+    usage: UsageApi | None = None,
+    tracing: Trace | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -53,12 +58,16 @@ def create_app(
         ready: Parts that must be ready, with their state; asked by ``/readyz``.
         created_s: ``created`` of the model objects: when this gateway started, Unix seconds.
         version: Version of Gatehouse.
+        usage: Serves budgets; ``None`` where there are none.
+        tracing: Draws the ids of each request's trace; ``None`` for none.
     """
     app = FastAPI(title="Gatehouse", version=version, docs_url=None, redoc_url=None)
 
+    traces = tracing or NoTracing()
+
     def inference(operation: Operation) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return Exchange(gateway, operation, request, limits)
+            return Exchange(gateway, operation, request, limits, traces)
 
         return endpoint
 
@@ -104,7 +113,10 @@ def create_app(
             200 if all(parts.values()) else 503,
         )
 
-    _add_admin(app, gateway, admin, limits)
+    _add_admin(app, gateway, admin.routes(), limits)
+    if usage is not None:
+        _add_usage(app, gateway, usage)
+        _add_admin(app, gateway, usage.routes(), limits)
     _add_error_handlers(app)
     return app
 
@@ -126,9 +138,32 @@ def _json(value: Json, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status_code=status, media_type="application/json")
 
 
-def _add_admin(app: FastAPI, gateway: Gateway, admin: AdminApi, limits: BodyLimits) -> None:
-    """Mount the administration routes: authenticate, read JSON, hand over."""
-    for method, path, handler, takes_body in admin.routes():
+def _add_usage(app: FastAPI, gateway: Gateway, usage: UsageApi) -> None:
+    """Mount ``/v1/usage``."""
+
+    async def endpoint(request: Request) -> Response:
+        """What is left of a department's budget."""
+        principal = await gateway.authenticator.authenticate(request.headers.get("authorization"))
+        pairs = request.query_params.multi_items()
+        query = dict(pairs)
+        if len(query) < len(pairs):
+            raise InvalidRequest("A query parameter is given twice.")
+        return _json(await usage.usage(principal, query))
+
+    app.add_api_route(
+        "/v1/usage",
+        endpoint,
+        methods=["GET"],
+        name="usage",
+        response_model=None,
+        responses={**USAGE_ANSWER, **ERRORS},
+        openapi_extra=USAGE,
+    )
+
+
+def _add_admin(app: FastAPI, gateway: Gateway, routes: AdminRoutes, limits: BodyLimits) -> None:
+    """Mount administration routes: authenticate, read JSON, hand over."""
+    for method, path, handler, takes_body in routes:
 
         def endpoint_of(
             handler: AdminHandler, takes_body: bool

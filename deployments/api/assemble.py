@@ -38,6 +38,21 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
+def with_field(data: bytes, closing: bytes, name: str, value: object) -> bytes:
+    """JSON with one more field at its end, without parsing it.
+
+    Args:
+        data: A JSON object with at least one field, and what may stand before it.
+        closing: What ``data`` ends in; unless it does, it is returned as it is.
+        name: Name of the field.
+        value: Its value.
+    """
+    if not data.endswith(closing):
+        return data
+    field = orjson.dumps({name: value})[1:-1]
+    return b"".join([data[: -len(closing)], b",", field, closing])
+
+
 class Assembler:
     """Collects the chunks of one answer."""
 
@@ -67,8 +82,8 @@ class Assembler:
                     if choice.get(field) is not None:
                         whole[field] = choice[field]
 
-    def finish(self, usage: Usage) -> bytes:
-        """The body of the whole answer."""
+    def finish(self, usage: Usage, cost: dict[str, Any]) -> bytes:
+        """The body of the whole answer; ``cost`` is its ``gatehouse`` object."""
         choices = [self._choices[index] for index in sorted(self._choices)]
         for choice in choices:
             self._complete(choice)
@@ -80,6 +95,7 @@ class Assembler:
             "system_fingerprint": self._head.get("system_fingerprint"),
             "choices": choices,
             "usage": usage_object(usage),
+            "gatehouse": cost,
         }
         return orjson.dumps(body)
 

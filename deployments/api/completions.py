@@ -15,8 +15,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deployments.api import sse
-from deployments.api.assemble import Assembler
-from deployments.api.envelope import error_body, error_response, new_id, turn_headers
+from deployments.api.accounts import cost_object
+from deployments.api.assemble import Assembler, with_field
+from deployments.api.envelope import (
+    answer_headers,
+    error_body,
+    error_response,
+    new_id,
+    turn_headers,
+)
+from deployments.logs import concern
+from deployments.telemetry.traces import NoTracing, Tracing
 from governance.errors import (
     GatehouseError,
     InternalError,
@@ -26,9 +35,11 @@ from governance.errors import (
     UnsupportedMediaType,
 )
 from governance.gateway import Accepted, Answer, Call, Gateway
-from governance.types import EngineChunk, Operation
+from governance.types import EngineChunk, Operation, Turn
 
 log = logging.getLogger("gatehouse.api")
+
+Trace = NoTracing | Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +94,22 @@ class Exchange(Response):
     """The answer to one inference request, as an ASGI response that runs the request path."""
 
     def __init__(
-        self, gateway: Gateway, operation: Operation, request: Request, limits: BodyLimits
+        self,
+        gateway: Gateway,
+        operation: Operation,
+        request: Request,
+        limits: BodyLimits,
+        tracing: Trace = NoTracing(),  # noqa: B008  it has no state
     ) -> None:
         self.background = None
+        self._tracing = tracing
         self._gateway = gateway
         self._operation = operation
         self._request = request
         self._limits = limits
         self._watch = sse.DisconnectWatch(request.receive, limits.send_timeout_s)
         self._started = False
+        self._turn: Turn | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the exchange and send its answer, whatever it is."""
@@ -102,6 +120,8 @@ class Exchange(Response):
             read_body=self._read,
             request_id=request_id,
             decision_id=decision_id,
+            opened=self._opened,
+            notes=self._tracing.begin(self._request.headers.get("traceparent")),
         )
         try:
             await self._run(call, scope, receive, send)
@@ -110,12 +130,18 @@ class Exchange(Response):
                 # No [DONE]: a client must not take a broken answer for a whole one.
                 await sse.end(send, sse.event(error_body(error, request_id, decision_id)))
             else:
-                await error_response(error, request_id, decision_id)(scope, receive, send)
+                account = self._turn.account if self._turn else None
+                response = error_response(error, request_id, decision_id, account)
+                await response(scope, receive, send)
         except asyncio.CancelledError:
             if not self._watch.gone:
                 raise  # cancelled from outside; a hang-up alone ends here, nobody is listening
         finally:
             self._watch.stop()
+
+    def _opened(self, turn: Turn) -> None:
+        self._turn = turn
+        concern(turn)
 
     async def _read(self) -> bytes:
         body = await read_body(self._request, self._limits)
@@ -132,7 +158,7 @@ class Exchange(Response):
             else:
                 body = await self._whole(accepted, events)
                 response = Response(
-                    body, headers=turn_headers(accepted.turn), media_type="application/json"
+                    body, headers=answer_headers(accepted.turn), media_type="application/json"
                 )
                 await response(scope, receive, send)
 
@@ -143,7 +169,10 @@ class Exchange(Response):
             if isinstance(event, EngineChunk):
                 await self._watch.write(send, event.data)
             elif isinstance(event, Answer):
-                usage = event.finished.usage_event if accepted.request.include_usage else b""
+                usage = b""
+                if accepted.request.include_usage:
+                    cost = cost_object(accepted.turn)
+                    usage = with_field(event.finished.usage_event, b"}\n\n", "gatehouse", cost)
                 await sse.end(send, event.tail + usage + sse.DONE)
 
     async def _whole(self, accepted: Accepted, events: sse.Events) -> bytes:
@@ -157,8 +186,9 @@ class Exchange(Response):
                 else:
                     assembler.feed(event.data)
             elif isinstance(event, Answer):
+                cost = cost_object(accepted.turn)
                 if embeddings:
-                    return b"".join([*parts, event.tail])
+                    return with_field(b"".join([*parts, event.tail]), b"}", "gatehouse", cost)
                 assembler.feed(event.tail)
-                return assembler.finish(event.finished.usage)
+                return assembler.finish(event.finished.usage, cost)
         raise InternalError()

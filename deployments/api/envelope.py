@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
-from governance.errors import GatehouseError, Unauthenticated
+from deployments.api.accounts import budget_headers, cost_headers
+from governance.budget.messages import AccountState
+from governance.errors import BudgetExhausted, GatehouseError, Shortage, Unauthenticated
 from governance.types import Turn
 
 REQUEST_ID = "x-gatehouse-request-id"
@@ -39,11 +41,28 @@ def error_body(error: GatehouseError, request_id: str, decision_id: str = "") ->
     if error.rule_ids:
         detail["rule_ids"] = list(error.rule_ids)
         detail["decision_id"] = decision_id
+    if isinstance(error, BudgetExhausted) and error.shortage is not None:
+        detail |= _shortage(error.shortage)
     return orjson.dumps({"error": detail})
 
 
-def error_response(error: GatehouseError, request_id: str, decision_id: str = "") -> Response:
-    """The HTTP answer to an error."""
+def _shortage(left: Shortage) -> dict[str, object]:
+    """What a client needs to ask for less, or later; a dimension without a limit is ``null``."""
+    gpu_ms = None if left.gpu_us is None else left.gpu_us // 1000
+    return {
+        "account": left.account,
+        "reset_at": -(-left.reset_us // 1_000_000),
+        "still_fits": {"tokens": left.tokens, "gpu_ms": gpu_ms},
+    }
+
+
+def error_response(
+    error: GatehouseError,
+    request_id: str,
+    decision_id: str = "",
+    account: AccountState | None = None,
+) -> Response:
+    """The HTTP answer to an error; ``account`` is the caller's, where it is known."""
     headers = {REQUEST_ID: request_id}
     if decision_id:
         headers[DECISION_ID] = decision_id
@@ -53,6 +72,8 @@ def error_response(error: GatehouseError, request_id: str, decision_id: str = ""
         headers["www-authenticate"] = _CHALLENGE + (', error="invalid_token"' if sent else "")
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, error.retry_after_s))
+    if account is not None:
+        headers |= budget_headers(account)
     return Response(
         error_body(error, request_id, decision_id),
         status_code=error.status,
@@ -73,4 +94,11 @@ def turn_headers(turn: Turn) -> Mapping[str, str]:
         headers[ENGINE_VERSION] = turn.engine_version
     if turn.decision is not None:
         headers[RULES] = ",".join(turn.decision.rule_ids)
+    if turn.account is not None:
+        headers |= budget_headers(turn.account)
     return headers
+
+
+def answer_headers(turn: Turn) -> Mapping[str, str]:
+    """Headers of an answer that is complete when they are sent: with what it took."""
+    return {**turn_headers(turn), **cost_headers(turn)}

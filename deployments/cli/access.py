@@ -99,7 +99,8 @@ def chat(
         body["max_tokens"] = max_tokens
     if as_json:
         answer = gateway.call("POST", "/v1/chat/completions", body)
-        print_json({**answer.body, "gatehouse": _facts(answer.headers)})
+        metered = answer.body.get("gatehouse") or {}
+        print_json({**answer.body, "gatehouse": {**metered, **_facts(answer.headers)}})
         return
     _stream(gateway, body)
 
@@ -115,6 +116,8 @@ def _stream(gateway: GatewayClient, body: dict[str, Any]) -> None:
                 facts.setdefault("version", str(fingerprint))
             if usage := event.get("usage"):
                 facts["tokens"] = f"{usage['prompt_tokens']} in, {usage['completion_tokens']} out"
+            if metered := event.get("gatehouse"):
+                facts["gpu"] = _gpu_time(metered)
             for choice in event.get("choices", []):
                 piece = (choice.get("delta") or {}).get("content") or ""
                 click.echo(printable(piece) if terminal else piece, nl=False)
@@ -122,6 +125,17 @@ def _stream(gateway: GatewayClient, body: dict[str, Any]) -> None:
         click.echo()
         shown = "  ".join(f"{name} {value}" for name, value in facts.items())
         click.secho(printable(shown), err=True, dim=True)
+
+
+def _gpu_time(metered: dict[str, Any]) -> str:
+    """Metered device time, and what it counts for where the accelerator has a weight."""
+    gpu_us, charged_us = metered.get("gpu_us"), metered.get("charged_us")
+    if gpu_us is None:
+        return "not metered"
+    shown = f"{gpu_us / 1_000_000:.3f} s"
+    return (
+        shown if charged_us in (None, gpu_us) else f"{shown} ({charged_us / 1_000_000:.3f} charged)"
+    )
 
 
 def _facts(headers: Mapping[str, str]) -> dict[str, str]:

@@ -67,6 +67,7 @@ _REMEDIES = {
     "expired_credential": "get a new token",
     "revoked_credential": "ask an administrator; the credential will not work again",
     "model_not_found": "`gatehouse models` lists what you may use",
+    "budget_exhausted": "`gatehouse budget show` says what is left, and when it is fresh again",
     "not_found": "check --url: something else may be listening there",
 }
 

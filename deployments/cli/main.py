@@ -12,6 +12,8 @@ from deployments import __version__
 from deployments.cli.errors import CliError, Exit
 
 _COMMANDS = {
+    "audit": ("deployments.cli.audit", "audit"),
+    "budget": ("deployments.cli.budget", "budget"),
     "chat": ("deployments.cli.access", "chat"),
     "completion": ("deployments.cli.completion", "completion"),
     "config": ("deployments.cli.check", "config"),
@@ -41,6 +43,15 @@ class LazyGroup(click.Group):
             raise TypeError(f"{module}.{name} is no command")
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; a reader of a pipe that has gone is no failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # NOTE: here, and not around ``main``, because click itself makes an exit code 1 of it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return int(Exit.OK)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gatehouse")
@@ -62,10 +73,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of a pipe has gone; that is its right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = int(Exit.OK)
     except Exception as error:
         if os.environ.get("GATEHOUSE_DEBUG"):
             raise

@@ -37,6 +37,13 @@ class Backend(Protocol):
         """
         ...
 
+    def delivered(self, ticket: Ticket) -> None:
+        """``EngineFinished`` of this ticket's answer was handed to the connection to its gateway.
+
+        Never called for an answer that the gateway did not wait for.
+        """
+        ...
+
     async def detokenize(self, model: str, prompts: list[list[int]]) -> list[str]:
         """Text of token-id prompts.
 

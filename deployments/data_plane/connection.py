@@ -209,10 +209,12 @@ class RequestConnection(Connection):
         if type(event) is not EngineChunk:
             return event
         if events and type(events[0]) is EngineChunk:
-            data = [event.data]
+            data, tokens = [event.data], event.tokens
             while events and type(events[0]) is EngineChunk:
-                data.append(cast(EngineChunk, events.popleft()).data)
-            event = EngineChunk(b"".join(data))
+                event = cast(EngineChunk, events.popleft())
+                data.append(event.data)
+                tokens += event.tokens
+            event = EngineChunk(b"".join(data), tokens, event.gpu_us)
         self._queued_bytes -= len(event.data)
         if self._paused and self._queued_bytes < STREAM_BUFFER_BYTES // 2 and not self.lost:
             self._paused = False
@@ -229,12 +231,12 @@ class RequestConnection(Connection):
         elif not self._open:
             raise FrameError
         elif kind == _CHUNK:
+            chunk = frames.parse_chunk(payload, self._parts)
             if self._parts:
-                payload = b"".join((*self._parts, payload))
                 self._parts.clear()
                 self._part_bytes = 0
-            self._queued_bytes += len(payload)
-            self._put(EngineChunk(payload))
+            self._queued_bytes += len(chunk.data)
+            self._put(chunk)
             if self._queued_bytes >= STREAM_BUFFER_BYTES and not self._paused:
                 self._paused = True
                 self._transport.pause_reading()

@@ -15,6 +15,10 @@ is one request aborted, and TCP's own flow control is the back pressure.
                                          <-   GOAWAY: no new request on this connection
     role "state":                        <-   STATE on change, and as a heartbeat
 
+CHUNK begins with the answer tokens that it stands for and the device-microseconds metered for the
+request so far, FINISHED with the usage and the metered total. Chunks may be joined on either side:
+tokens add up, the last of the metered figures holds.
+
 Until a connection's HELLO has been verified only a small HELLO is read, so a peer without a ticket
 can make a replica hold a few kilobytes and no more.
 """
@@ -22,15 +26,15 @@ can make a replica hold a few kilobytes and no more.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
 import orjson
 
-from governance.types import EngineFinished, EngineStarted, Usage
+from governance.types import EngineChunk, EngineFinished, EngineStarted, Usage
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_HELLO_BYTES = 8 << 10
 MAX_CONTROL_BYTES = 64 << 10
@@ -41,7 +45,10 @@ MAX_EVENT_BYTES = 64 << 20
 
 HEADER = struct.Struct(">IB")
 _U16 = struct.Struct(">H")
-_USAGE = struct.Struct(">III")
+_CHUNK = struct.Struct(">IQ")
+_FINISHED = struct.Struct(">IIIBQ")
+CHUNK_HEAD_BYTES = _CHUNK.size
+_U32 = 0xFFFFFFFF
 
 
 class FrameType(IntEnum):
@@ -204,6 +211,7 @@ def started_frame(event: EngineStarted) -> bytes:
             "replica_id": event.replica_id,
             "model_version": event.model_version,
             "engine_version": event.engine_version,
+            "prompt_tokens": event.prompt_tokens,
         },
     )
 
@@ -216,17 +224,54 @@ def parse_started(payload: bytes) -> EngineStarted:
 
     """
     try:
-        return EngineStarted(**parse_object(payload))
+        started = EngineStarted(**parse_object(payload))
     except TypeError:
         raise FrameError from None
+    if type(started.prompt_tokens) is not int or started.prompt_tokens < 0:
+        raise FrameError
+    return started
+
+
+def chunk_frame(data: bytes, tokens: int, gpu_us: int) -> bytes:
+    """CHUNK: u32 answer tokens, u64 device-microseconds so far, then the data."""
+    head = _CHUNK.pack(min(tokens, _U32), gpu_us)
+    return b"".join((HEADER.pack(_CHUNK.size + len(data), FrameType.CHUNK), head, data))
+
+
+def parse_chunk(payload: bytes, before: Sequence[bytes] = ()) -> EngineChunk:
+    """Read CHUNK.
+
+    Args:
+        payload: Of the frame.
+        before: Payloads of the CHUNK_PART frames that came before it; they are data alone.
+
+    Raises:
+        FrameError: It is too short.
+
+    """
+    if len(payload) < _CHUNK.size:
+        raise FrameError
+    tokens, gpu_us = _CHUNK.unpack_from(payload)
+    data = payload[_CHUNK.size :]
+    return EngineChunk(b"".join((*before, data)) if before else data, tokens, gpu_us)
 
 
 def finished_frame(event: EngineFinished) -> bytes:
-    """FINISHED: three u32 (prompt, completion, cached tokens), then the usage event."""
+    """FINISHED.
+
+    Three u32 (prompt, completion, cached tokens), u8 (1 where it was metered), u64
+    device-microseconds, then the usage event.
+    """
     usage = event.usage
     return frame(
         FrameType.FINISHED,
-        _USAGE.pack(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        _FINISHED.pack(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.cached_tokens,
+            event.gpu_us is not None,
+            event.gpu_us or 0,
+        )
         + event.usage_event,
     )
 
@@ -238,6 +283,10 @@ def parse_finished(payload: bytes) -> EngineFinished:
         FrameError: It is too short.
 
     """
-    if len(payload) < _USAGE.size:
+    if len(payload) < _FINISHED.size:
         raise FrameError
-    return EngineFinished(Usage(*_USAGE.unpack_from(payload)), payload[_USAGE.size :])
+    prompt, completion, cached, metered, gpu_us = _FINISHED.unpack_from(payload)
+    if metered > 1:
+        raise FrameError
+    usage = Usage(prompt, completion, cached)
+    return EngineFinished(usage, payload[_FINISHED.size :], gpu_us if metered else None)

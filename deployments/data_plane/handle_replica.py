@@ -18,16 +18,23 @@ from governance.errors import EngineFailed
 from governance.types import EngineChunk, EngineEvent, EngineFinished, EngineStarted, Usage
 
 WireEvent = tuple[Any, ...]
-"""``("started", replica_id, model_version, engine_version)``, ``("chunk", data)``,
-``("finished", prompt, completion, cached, usage_event)``."""
+"""``("started", replica_id, model_version, engine_version, prompt_tokens)``,
+``("chunk", data, tokens, gpu_us)``,
+``("finished", prompt, completion, cached, usage_event, gpu_us)``."""
 
 
 def to_wire(event: EngineEvent) -> WireEvent:
     """An event as a tuple, which pickles at a third of the size and time of a dataclass."""
     if isinstance(event, EngineChunk):
-        return ("chunk", event.data)
+        return ("chunk", event.data, event.tokens, event.gpu_us)
     if isinstance(event, EngineStarted):
-        return ("started", event.replica_id, event.model_version, event.engine_version)
+        return (
+            "started",
+            event.replica_id,
+            event.model_version,
+            event.engine_version,
+            event.prompt_tokens,
+        )
     usage = event.usage
     return (
         "finished",
@@ -35,6 +42,7 @@ def to_wire(event: EngineEvent) -> WireEvent:
         usage.completion_tokens,
         usage.cached_tokens,
         event.usage_event,
+        event.gpu_us,
     )
 
 
@@ -46,12 +54,12 @@ def from_wire(item: WireEvent) -> EngineEvent:
 
     """
     match item:
-        case ("chunk", data):
-            return EngineChunk(data)
-        case ("started", replica_id, model_version, engine_version):
-            return EngineStarted(replica_id, model_version, engine_version)
-        case ("finished", prompt, completion, cached, usage_event):
-            return EngineFinished(Usage(prompt, completion, cached), usage_event)
+        case ("chunk", data, tokens, gpu_us):
+            return EngineChunk(data, tokens, gpu_us)
+        case ("started", replica_id, model_version, engine_version, prompt_tokens):
+            return EngineStarted(replica_id, model_version, engine_version, prompt_tokens)
+        case ("finished", prompt, completion, cached, usage_event, gpu_us):
+            return EngineFinished(Usage(prompt, completion, cached), usage_event, gpu_us)
         case _:
             raise EngineFailed()
 
@@ -85,6 +93,9 @@ class HandleReplica:
         async with aclosing(self._backend.run(operation, body, verified)) as events:
             async for event in events:
                 yield to_wire(event)
+                if isinstance(event, EngineFinished):
+                    # Serve has taken it: it asks for the next one.
+                    self._backend.delivered(verified)
 
     async def detokenize(self, ticket: bytes, body: bytes) -> list[str]:
         """Text of the token-id prompts in ``body`` (JSON).

@@ -15,6 +15,7 @@ import orjson
 from deployments.data_plane import frames
 from deployments.data_plane.frames import FrameDecoder, FrameError, FrameType
 from deployments.data_plane.sockets import STREAM_BUFFER_BYTES, tune
+from deployments.data_plane.ticket_form import Ticket
 from deployments.data_plane.tickets import TicketRefused
 from deployments.data_plane.wire_errors import error_frame, refusal_frame
 from governance.errors import (
@@ -34,9 +35,6 @@ log = logging.getLogger("gatehouse.data_plane")
 CONNECT = "connect"
 DETOKENIZE = "detokenize"
 INTERNAL_OPERATIONS = frozenset({CONNECT, DETOKENIZE})
-
-_CHUNK = int(FrameType.CHUNK)
-"""A plain integer, because this one is used per event and an enum's attribute is slow."""
 
 COALESCE_BYTES = 64 << 10
 """Chunks that are ready together share a frame up to this size."""
@@ -64,7 +62,10 @@ class Session(asyncio.Protocol):
         self._out: list[bytes] = []
         self._chunks: list[bytes] = []
         self._chunk_bytes = 0
+        self._chunk_tokens = 0
+        self._chunk_gpu_us = 0
         self._flush_due = False
+        self._ticket: Ticket | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self.role: str | None = None
         self.unsent_prefixes: dict[str, None] = {}
@@ -173,6 +174,7 @@ class Session(asyncio.Protocol):
         if kind == FrameType.DETOKENIZE:
             return self._detokenize(ticket.audience, body)
         server.served_prefix(header.get("affinity"))
+        self._ticket = ticket
         return cast(
             "AsyncGenerator[bytes | EngineEvent, None]",
             server.backend.run(operation, body, ticket),
@@ -193,16 +195,18 @@ class Session(asyncio.Protocol):
     async def _run(self, work: AsyncGenerator[bytes | EngineEvent, None]) -> None:
         """Drive the engine for one request and send what it gives."""
         last: bytes | None = None
+        finished = False
         try:
             async with aclosing(work) as events:
                 async for event in events:
                     if type(event) is EngineChunk:
-                        await self._send_chunk(event.data)
+                        await self._send_chunk(event)
                     elif type(event) is EngineStarted:
                         self._out.append(frames.started_frame(event))
                         self._schedule_flush()
                     elif type(event) is EngineFinished:
                         last = frames.finished_frame(event)
+                        finished = True
                     elif type(event) is bytes:
                         last = event
                     if not self._writable.is_set():
@@ -221,7 +225,10 @@ class Session(asyncio.Protocol):
         self._server.finished()
         self._server.stats.served += 1
         self._flush()
+        reached = finished and not self._transport.is_closing()
         self._transport.write(last)
+        if reached and self._ticket is not None:
+            self._server.backend.delivered(self._ticket)
         if self._server.draining:
             self.go_away()
 
@@ -233,14 +240,17 @@ class Session(asyncio.Protocol):
             self._server.stats.aborted += 1
             self._transport.abort()
 
-    async def _send_chunk(self, data: bytes) -> None:
-        if len(data) > frames.MAX_CHUNK_BYTES:
-            await self._send_parts(data)
+    async def _send_chunk(self, chunk: EngineChunk) -> None:
+        data = chunk.data
+        if len(data) > frames.MAX_CHUNK_BYTES - frames.CHUNK_HEAD_BYTES:
+            await self._send_parts(chunk)
             return
         if self._chunk_bytes + len(data) > COALESCE_BYTES:
             self._flush()
         self._chunks.append(data)
         self._chunk_bytes += len(data)
+        self._chunk_tokens += chunk.tokens
+        self._chunk_gpu_us = chunk.gpu_us
         if self._chunk_bytes >= COALESCE_BYTES:
             self._flush()
             # A generator that never suspends would keep all other streams waiting.
@@ -248,15 +258,17 @@ class Session(asyncio.Protocol):
         else:
             self._schedule_flush()
 
-    async def _send_parts(self, data: bytes) -> None:
+    async def _send_parts(self, chunk: EngineChunk) -> None:
         """Send one long event piece by piece, so that no second copy of it lies in the socket."""
         self._flush()
+        data = chunk.data
         view = memoryview(data)
         for at in range(0, len(data), PART_BYTES):
             part = bytes(view[at : at + PART_BYTES])
-            final = at + PART_BYTES >= len(data)
-            kind = FrameType.CHUNK if final else FrameType.CHUNK_PART
-            self._transport.write(frames.frame(kind, part))
+            if at + PART_BYTES >= len(data):
+                self._transport.write(frames.chunk_frame(part, chunk.tokens, chunk.gpu_us))
+            else:
+                self._transport.write(frames.frame(FrameType.CHUNK_PART, part))
             await self._writable.wait()
 
     def _schedule_flush(self) -> None:
@@ -269,9 +281,9 @@ class Session(asyncio.Protocol):
         self._flush_due = False
         if self._chunks:
             data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-            self._out.append(frames.frame(_CHUNK, data))
+            self._out.append(frames.chunk_frame(data, self._chunk_tokens, self._chunk_gpu_us))
             self._chunks.clear()
-            self._chunk_bytes = 0
+            self._chunk_bytes = self._chunk_tokens = 0
         if self._out:
             self._transport.write(b"".join(self._out))
             self._out.clear()

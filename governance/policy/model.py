@@ -44,6 +44,10 @@ class Permission(StrEnum):
     """List service keys; secrets are never shown again."""
     REVOCATIONS_MANAGE = "revocations:manage"
     """Revoke tokens and subjects."""
+    BUDGETS_READ = "budgets:read"
+    """See what every department has used, and its limits."""
+    BUDGETS_MANAGE = "budgets:manage"
+    """Override a department's budget for a time."""
     CONFIG_READ = "config:read"
     """Read the configuration in force."""
 

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from benchmarks.platform import free_port
 from deployments.api.admin import AdminApi
 from deployments.api.app import create_app
 from deployments.api.completions import BodyLimits
+from deployments.api.usage import UsageApi
 from governance.admission.limits import RateLimiter
+from governance.budget.messages import AccountState
 from governance.errors import NotPermitted
 from governance.gateway import Gateway
 from governance.nulls import FixedRouter, NullInspector, NullLedger
 from governance.policy.engine import CompiledPolicy
 from governance.policy.load import load_policy
-from governance.types import ModelInfo, Operation, Principal
+from governance.types import Amount, ModelInfo, Operation, Principal
 from tests.doubles import RecordingAudit, ScriptedEngine, TokenTable, principal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,7 @@ def server() -> Iterator[Server]:
         ready=lambda: {"models": True},
         created_s=1,
         version="test",
+        usage=UsageApi(StillLedger(), authorize),
     )
     port = free_port()
     config = uvicorn.Config(
@@ -103,6 +106,30 @@ def server() -> Iterator[Server]:
     running.force_exit = True
     thread.join(10)
     assert not thread.is_alive()
+
+
+class StillLedger:
+    """Accounts in which nothing happens; these tests change no budgets."""
+
+    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
+        now_us, nothing = time.time_ns() // 1000, Amount()
+        hr = AccountState(
+            account="hr",
+            window="hour",
+            window_start_us=now_us,
+            reset_us=now_us + 60_000_000,
+            limit_us=60_000_000,
+            limit_tokens=None,
+            spent=nothing,
+            leased=nothing,
+            open=nothing,
+            overridden_until_us=None,
+        )
+        accounts = (hr, replace(hr, account="data-science", limit_us=None, limit_tokens=1000))
+        return tuple(a for a in accounts if account in (None, a.account))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"ledger called: {name}")
 
 
 class NoControl:

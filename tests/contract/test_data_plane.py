@@ -593,7 +593,9 @@ class Peer:
         self._writer.write(data)
         await self._writer.drain()
 
-    async def hello(self, ticket: bytes, role: str = "request", version: int = 1) -> None:
+    async def hello(
+        self, ticket: bytes, role: str = "request", version: int = frames.PROTOCOL_VERSION
+    ) -> None:
         text = base64.b64encode(ticket).decode()
         await self.send(
             frames.json_frame(FrameType.HELLO, {"version": version, "role": role, "ticket": text})
@@ -628,8 +630,13 @@ def connect_ticket(keys: Keys, role: str = "request") -> bytes:
         struct.pack(">IB", 1 << 20, FrameType.HELLO),
         frames.frame(FrameType.HELLO, b"[]"),
         frames.frame(FrameType.HELLO, b"{"),
-        frames.json_frame(FrameType.HELLO, {"version": 2, "role": "request", "ticket": ""}),
-        frames.json_frame(FrameType.HELLO, {"version": 1, "role": "admin", "ticket": ""}),
+        frames.json_frame(
+            FrameType.HELLO,
+            {"version": frames.PROTOCOL_VERSION - 1, "role": "request", "ticket": ""},
+        ),
+        frames.json_frame(
+            FrameType.HELLO, {"version": frames.PROTOCOL_VERSION, "role": "admin", "ticket": ""}
+        ),
         frames.frame(FrameType.GOAWAY),
     ],
 )

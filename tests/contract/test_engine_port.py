@@ -22,7 +22,7 @@ from governance.errors import (
 )
 from governance.types import EngineChunk, EngineFinished, EngineStarted, Operation, Usage
 from tests.contract.planes import PLANES, Plane, collect, eventually, text_of
-from tests.fakes import MODEL_VERSION, dispatch_of, event_bytes
+from tests.fakes import MODEL_VERSION, TOKEN_US, dispatch_of, event_bytes
 
 Open = Callable[..., Awaitable[Plane]]
 
@@ -47,10 +47,64 @@ async def test_events_come_in_order_and_whole(open_plane: Open) -> None:
 
     events = await collect(plane.engine, dispatch_of({"count": 54}))
 
-    assert events[0] == EngineStarted("replica-1", MODEL_VERSION, "fake-1")
-    assert events[-1] == EngineFinished(Usage(7, 54, 2), b"data: {}\n\n")
+    assert events[0] == EngineStarted("replica-1", MODEL_VERSION, "fake-1", 7)
+    assert events[-1] == EngineFinished(Usage(7, 54, 2), b"data: {}\n\n", 55 * TOKEN_US)
     assert all(isinstance(event, EngineChunk) for event in events[1:-1])
     assert text_of(events) == b"".join(event_bytes("r-1", n) for n in range(54))
+
+
+@pytest.mark.parametrize("orders", [{"delay_s": 0.002}, {"burst": True, "size": 3000}])
+async def test_tokens_and_cost_come_with_the_chunks(
+    open_plane: Open, orders: dict[str, Any]
+) -> None:
+    plane = await open_plane()
+
+    events = await collect(plane.engine, dispatch_of({"count": 100, **orders}))
+
+    chunks = [event for event in events if isinstance(event, EngineChunk)]
+    assert sum(chunk.tokens for chunk in chunks) == 100
+    costs = [chunk.gpu_us for chunk in chunks]
+    assert costs == sorted(costs)
+    assert costs[-1] == 101 * TOKEN_US
+    for chunk in chunks:
+        assert chunk.tokens == chunk.data.count(b"\n\n")
+
+
+async def test_a_long_body_has_its_cost_too(open_plane: Open) -> None:
+    plane = await open_plane()
+
+    events = await collect(
+        plane.engine, dispatch_of({"raw_bytes": 3_000_000}, operation=Operation.EMBEDDINGS)
+    )
+
+    assert [e.gpu_us for e in events if isinstance(e, EngineChunk)] == [TOKEN_US]
+
+
+async def test_an_engine_without_a_meter_says_so(open_plane: Open) -> None:
+    plane = await open_plane()
+
+    events = await collect(plane.engine, dispatch_of({"count": 1, "unmetered": True}))
+
+    assert isinstance(events[-1], EngineFinished)
+    assert events[-1].gpu_us is None
+
+
+async def test_the_engine_knows_who_was_told_the_end(open_plane: Open) -> None:
+    plane = await open_plane()
+
+    await collect(plane.engine, dispatch_of({"count": 3}, request_id="whole"))
+    async with aclosing(plane.engine.stream(dispatch_of({"count": 99, "hang_at": 3}))) as events:
+        async for event in events:
+            if isinstance(event, EngineChunk):
+                break
+    with pytest.raises(EngineFailed):
+        await collect(
+            plane.engine, dispatch_of({"count": 9, "raise_at": 2, "error": "EngineFailed"})
+        )
+    await eventually(lambda: plane.backend.ended == 3)
+
+    await eventually(lambda: bool(plane.backend.delivered_tickets))
+    assert [t.request_id for t in plane.backend.delivered_tickets] == ["whole"]
 
 
 async def test_every_chunk_ends_with_a_whole_event(open_plane: Open) -> None:

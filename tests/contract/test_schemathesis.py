@@ -26,6 +26,7 @@ OPERATIONS = [
     ("POST", "/v1/embeddings"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model_id}"),
+    ("GET", "/v1/usage"),
 ]
 
 

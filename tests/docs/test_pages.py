@@ -108,7 +108,7 @@ def words() -> frozenset[str]:
     files += [*ROOT.glob("*.yaml"), ROOT / "Makefile", ROOT / "pyproject.toml"]
     found: set[str] = set()
     for path in files:
-        if path.suffix in {".py", ".yaml", ".toml", ".json", ".c", ""}:
+        if path.suffix in {".py", ".yaml", ".toml", ".json", ".c", ".sql", ""}:
             found.update(re.findall(r"\w+", path.read_text()))
             found.update(path.name.split("."))
     return frozenset(found)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import os
+import secrets
 import time
 from contextlib import aclosing
 from typing import Any
@@ -16,7 +17,8 @@ import psutil
 from deployments.config import ModelConfig
 from deployments.data_plane.ticket_form import Ticket
 from deployments.engine_config import llm_config
-from governance.errors import GatehouseError
+from governance.budget.messages import MeterReport
+from governance.errors import GatehouseError, LedgerUnavailable
 from governance.types import EngineChunk, EngineFinished, EngineStarted
 
 VERSION = "sha256:" + "ab" * 32
@@ -35,6 +37,43 @@ class EngineHost:
         versions |= {adapter.id: ADAPTER_VERSION for adapter in self.model.adapters}
         self.backend.identify("replica-1", versions)
         self.numbers = itertools.count()
+        self.reports: list[MeterReport] = []
+        self.ledger_up = True
+        self.backend.report_to(self._take_report)
+
+    async def _take_report(self, report: MeterReport) -> None:
+        if not self.ledger_up:
+            raise LedgerUnavailable
+        self.reports.append(report)
+
+    async def meter(self, *, wait: int = 0) -> dict[str, Any]:
+        """What the engine has told of costs: the last report, and the last row by request id.
+
+        Args:
+            wait: Until so many requests have ended and been reported.
+        """
+        end = time.monotonic() + 10
+        while True:
+            rows = {row.request_id: row for report in self.reports for row in report.rows}
+            ended = sum(row.ended for row in rows.values())
+            if (ended >= wait and not self.backend.meter.exchanges) or time.monotonic() > end:
+                break
+            await asyncio.sleep(0.05)
+        self.backend.meter.drain()
+        totals = self.backend.meter.totals
+        return {"rows": rows, "reports": self.reports, "totals": totals}
+
+    async def engine_died(self) -> None:
+        """As the deployment does when it finds the engine dead."""
+        await self.backend.engine_died()
+
+    async def ledger(self, up: bool) -> None:
+        """Let reports through, or not."""
+        self.ledger_up = up
+
+    async def ask_all(self, asks: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Run requests at once."""
+        return await asyncio.gather(*(self.ask(operation, body) for operation, body in asks))
 
     async def ready(self) -> str:
         return self.model.id
@@ -46,14 +85,14 @@ class EngineHost:
             "operation": operation,
             "request_id": f"r{next(self.numbers)}",
             "decision_id": "d",
-            "reservation_id": "v",
+            "reservation_id": f"v{next(self.numbers)}",
             "principal_key": "p",
             "department": "hr",
             "priority": 0,
             "max_tokens": 4096,
             "context_tokens": None,
             "issued_at_us": 0,
-            "ticket_id": bytes(16),
+            "ticket_id": secrets.token_bytes(16),
             "body_sha256": hashlib.sha256(body).digest(),
             **fields,
         }
@@ -63,18 +102,27 @@ class EngineHost:
         """Run one request to its end; the error's code and message where it failed."""
         model = ticket.pop("audience", body["model"])
         raw = orjson.dumps({**body, "cache_salt": "hr"})
-        answer: dict[str, Any] = {"chunks": [], "started": None, "error": None}
+        answer: dict[str, Any] = {
+            "chunks": [],
+            "progress": [],
+            "started": None,
+            "error": None,
+        }
         try:
             sealed = self._ticket(operation, model, raw, **ticket)
             async with aclosing(self.backend.run(operation, raw, sealed)) as events:
                 async for event in events:
                     if isinstance(event, EngineStarted):
                         answer["started"] = (event.replica_id, event.model_version)
+                        answer["prompt_tokens"] = event.prompt_tokens
                     elif isinstance(event, EngineChunk):
                         answer["chunks"].append(event.data)
+                        answer["progress"].append((event.tokens, event.gpu_us))
                     elif isinstance(event, EngineFinished):
                         answer["usage"] = event.usage
                         answer["usage_event"] = event.usage_event
+                        answer["gpu_us"] = event.gpu_us
+            self.backend.delivered(sealed)
         except GatehouseError as error:
             answer["error"] = (error.code, error.message, error.param)
         return answer

@@ -25,6 +25,8 @@ ROLES = {
     "keys:manage": {"key-manager", "platform-admin"},
     "keys:read": {"key-manager", "auditor", "platform-admin"},
     "revocations:manage": {"responder", "platform-admin"},
+    "budgets:read": {"auditor", "platform-admin"},
+    "budgets:manage": {"platform-admin"},
     "config:read": {"platform-admin"},
 }
 BODY = {

@@ -49,7 +49,7 @@ def test_the_shipped_local_file_is_valid(install: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)
     assert report["ok"] is True
-    assert {"serve file", "Ray Serve", "identity", "policy"} <= {
+    assert {"serve file", "Ray Serve", "identity", "policy", "budgets"} <= {
         each["name"] for each in report["checks"]
     }
 
@@ -83,8 +83,10 @@ def test_a_wrong_serve_file_names_line_and_place(
 def test_every_file_is_looked_at_also_after_one_is_wrong(install: Path) -> None:
     change(install / "config" / "identity.local.yaml", "version: 1", "version: 2")
     (install / "config" / "policy.yaml").write_text("rules: [\n")
+    change(install / "config" / "budgets.yaml", "gpu_seconds: 14400", "gpu_secs: 14400")
     wrong = failed(check_configuration(install / "serve_config.local.yaml"))
-    assert [each.name for each in wrong] == ["identity", "policy"]
+    assert [each.name for each in wrong] == ["identity", "policy", "budgets"]
+    assert "accounts.hr.gpu_secs" in wrong[2].detail
     assert "identity.local.yaml:" in wrong[0].detail
 
 
@@ -176,7 +178,7 @@ def test_local_mode_must_stay_on_loopback(install: Path) -> None:
 def test_keys_open_to_others_are_found(tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir(mode=0o755)
     (tmp_path / "control").mkdir(mode=0o700)
-    checks = doctor.check_state(Settings(state=tmp_path, config_root=tmp_path))
+    checks = doctor.check_state(Settings(tmp_path, tmp_path, tmp_path / "evidence"))
     assert [(each.status, each.remedy) for each in checks] == [
         (Status.OK, ""),
         (Status.FAIL, f"chmod 700 {tmp_path / 'keys'}"),

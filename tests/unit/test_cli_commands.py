@@ -73,7 +73,7 @@ class Stub:
                 self.end_headers()
                 self.wfile.write(raw)
 
-            do_POST = do_DELETE = do_GET
+            do_POST = do_PUT = do_DELETE = do_GET
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

@@ -68,6 +68,18 @@ def test_a_stream_in_order() -> None:
     assert finished.usage_event.endswith(b"\n\n")
 
 
+def test_each_chunk_says_what_was_generated_and_spent_by_then() -> None:
+    """Tokens are counted elsewhere: one event may stand for several, or for none."""
+    told = iter([(0, 100), (3, 250), (1, 300)])
+    reader = StreamReader(VERSION, 1, lambda: next(told))
+
+    chunks = [reader.feed(delta("")), reader.feed(delta("Good day")), reader.feed(USAGE)]
+    chunks.append(reader.feed(delta("", finish="stop")))
+
+    assert [(c.tokens, c.gpu_us) for c in chunks if c] == [(0, 100), (3, 250), (1, 300)]
+    assert reader.finish().gpu_us is None
+
+
 def test_text_cannot_imitate_the_end() -> None:
     reader = StreamReader(VERSION, 1)
     for text in ('"finish_reason":"stop"', '"choices":[]', "data: [DONE]", 'data: {"error":1}'):

@@ -11,7 +11,7 @@ from deployments.data_plane.frames import FrameDecoder, FrameError, FrameType
 from deployments.data_plane.wire_errors import error_frame, parse_error
 from governance import errors
 from governance.errors import EngineFailed, GatehouseError, RateLimited
-from governance.types import EngineFinished, EngineStarted, Usage
+from governance.types import EngineChunk, EngineFinished, EngineStarted, Usage
 
 
 def head(kind: int, length: int) -> bytes:
@@ -74,8 +74,8 @@ def test_a_broken_started_is_refused(payload: bytes) -> None:
 
 
 def test_events_survive_the_wire() -> None:
-    started = EngineStarted("replica-1", "sha256:00", "vllm-0.29.0")
-    finished = EngineFinished(Usage(4_000_000_000, 2, 1), b"data: {}\n\n")
+    started = EngineStarted("replica-1", "sha256:00", "vllm-0.29.0", 17)
+    finished = EngineFinished(Usage(4_000_000_000, 2, 1), b"data: {}\n\n", 1 << 60)
     decoder = FrameDecoder(frames.GATEWAY_LIMITS)
 
     (_, first), (_, last) = decoder.feed(
@@ -85,7 +85,31 @@ def test_events_survive_the_wire() -> None:
     assert frames.parse_started(first) == started
     assert frames.parse_finished(last) == finished
     with pytest.raises(FrameError):
-        frames.parse_finished(last[:11])
+        frames.parse_finished(last[:20])
+
+
+@pytest.mark.parametrize("gpu_us", [None, 0, 1, 2**64 - 1])
+def test_not_metered_is_not_nothing(gpu_us: int | None) -> None:
+    sent = EngineFinished(Usage(), b"", gpu_us)
+    assert frames.parse_finished(frames.finished_frame(sent)[5:]) == sent
+
+
+def test_a_chunk_carries_its_tokens_and_the_cost_so_far() -> None:
+    whole = frames.chunk_frame(b"data: {}\n\n", 3, 2**63)
+
+    assert frames.parse_chunk(whole[5:]) == EngineChunk(b"data: {}\n\n", 3, 2**63)
+    assert frames.parse_chunk(whole[5:], [b"a", b"b"]).data == b"abdata: {}\n\n"
+    assert frames.parse_chunk(frames.chunk_frame(b"", 2**40, 0)[5:]).tokens == 2**32 - 1
+    for short in range(frames.CHUNK_HEAD_BYTES):
+        with pytest.raises(FrameError):
+            frames.parse_chunk(whole[5 : 5 + short])
+
+
+@pytest.mark.parametrize("tokens", [b'"7"', b"-1", b"1.5", b"true", b"null"])
+def test_a_started_with_an_odd_count_is_refused(tokens: bytes) -> None:
+    head = b'{"replica_id":"r","model_version":"m","engine_version":"e","prompt_tokens":'
+    with pytest.raises(FrameError):
+        frames.parse_started(head + tokens + b"}")
 
 
 def every_error(root: type[GatehouseError] = GatehouseError) -> list[type[GatehouseError]]:

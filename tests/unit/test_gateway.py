@@ -14,6 +14,7 @@ from governance.admission.limits import RateLimiter
 from governance.errors import (
     AuditUnavailable,
     BlockedByPolicy,
+    BudgetExhausted,
     EngineFailed,
     GatehouseError,
     InternalError,
@@ -24,10 +25,20 @@ from governance.errors import (
     Unauthenticated,
 )
 from governance.gateway import Accepted, Answer, Call, Gateway, GatewayEvent
-from governance.nulls import FixedRouter, NullInspector, NullLedger
+from governance.nulls import FixedRouter, NullHold, NullInspector, NullLedger
 from governance.policy.engine import CompiledPolicy
 from governance.policy.model import PolicyConfig
-from governance.types import EngineChunk, ModelInfo, Operation, Outcome, Reservation, Turn
+from governance.types import (
+    Amount,
+    BudgetAsk,
+    EngineChunk,
+    ModelInfo,
+    Operation,
+    Outcome,
+    Reservation,
+    Turn,
+    Usage,
+)
 from tests.doubles import VERSION, RecordingAudit, ScriptedEngine, TokenTable, principal
 
 GENERATE = frozenset({Operation.CHAT, Operation.COMPLETIONS})
@@ -61,16 +72,56 @@ POLICY = {
 }
 
 
+class Account(NullHold):
+    """A hold that remembers; ``left`` chunks can be reserved before it is exhausted."""
+
+    def __init__(self, ask: BudgetAsk, left: int) -> None:
+        super().__init__(Reservation(f"res-{ask.request_id}", "hr", Amount(5, 5)))
+        self.ask = ask
+        self.left = left
+        self.prompt_tokens = 0
+        self.seen: list[tuple[int, int]] = []
+        self.settled: list[tuple[Usage | None, int | None]] = []
+
+    async def started(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+
+    def consumed(self, tokens: int, gpu_us: int) -> bool:
+        self.seen.append((tokens, gpu_us))
+        return True
+
+    async def extend(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise BudgetExhausted()
+
+    def settle(self, usage: Usage | None, gpu_us: int | None) -> None:
+        self.settled.append((usage, gpu_us))
+
+
 class Ledger(NullLedger):
     def __init__(self) -> None:
-        self.settled: list[Turn] = []
+        self.holds: list[Account] = []
+        self.left = 1000
+        self.refuse: GatehouseError | None = None
 
-    async def reserve(self, turn: Turn) -> Reservation:
-        return Reservation(id=f"res-{turn.request_id}", account="hr", reserved_us=5)
+    async def reserve(self, ask: BudgetAsk) -> Account:
+        if self.refuse:
+            raise self.refuse
+        self.holds.append(Account(ask, self.left))
+        return self.holds[-1]
 
-    async def settle(self, turn: Turn) -> None:
-        await asyncio.sleep(0)
-        self.settled.append(turn)
+    @property
+    def settled(self) -> list[tuple[Usage | None, int | None]]:
+        return [settlement for hold in self.holds for settlement in hold.settled]
+
+
+class Ended:
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+
+    def ended(self, turn: Turn) -> None:
+        self.turns.append(turn)
 
 
 class Setup:
@@ -78,6 +129,7 @@ class Setup:
         self.engine = engine
         self.audit = audit or RecordingAudit()
         self.ledger = Ledger()
+        self.observer = Ended()
         self.gateway = Gateway(
             models=MODELS,
             authenticator=TokenTable(
@@ -92,6 +144,7 @@ class Setup:
             engine=engine,
             clock=lambda: 1,
             max_answer_tokens=64,
+            observer=self.observer,
         )
 
     def call(
@@ -133,8 +186,11 @@ async def test_a_whole_exchange_in_order() -> None:
     events = await setup.run(setup.call())
     assert [type(e) for e in events] == [Accepted, EngineChunk, EngineChunk, Answer]
     assert setup.audit.kinds == ["decided", "completed"]
-    assert setup.ledger.settled == [setup.turn]
     turn = setup.turn
+    assert setup.ledger.settled == [(turn.usage, 4000)]
+    assert setup.observer.turns == [turn]
+    assert turn.charged == Amount()
+    assert turn.finish_reason == "stop"
     assert (turn.outcome, turn.status) == (Outcome.COMPLETED, 200)
     assert turn.model_version == VERSION
     assert turn.usage is not None
@@ -221,7 +277,7 @@ async def test_nothing_is_served_when_the_decision_cannot_be_recorded() -> None:
     with pytest.raises(AuditUnavailable):
         await setup.run(setup.call())
     assert setup.engine.dispatched == []
-    assert setup.ledger.settled  # what was reserved goes back
+    assert setup.ledger.settled == [(None, None)]  # what was reserved goes back
 
 
 async def test_an_engine_that_dies_in_mid_stream_is_a_failure_without_an_end() -> None:
@@ -269,7 +325,8 @@ async def test_a_client_that_leaves_aborts_the_engine_and_is_still_recorded() ->
     assert setup.engine.closed == 1
     assert setup.audit.kinds == ["decided", "completed"]
     assert setup.turn.outcome is Outcome.ABORTED
-    assert setup.ledger.settled == [setup.turn]
+    assert setup.ledger.settled == [(None, None)]
+    assert setup.observer.turns == [setup.turn]
 
 
 async def test_a_second_cancellation_does_not_stop_the_record() -> None:
@@ -322,3 +379,75 @@ async def test_models_are_listed_by_right() -> None:
     assert [m.id for m in await gateway.visible_models("Bearer intern")] == ["small"]
     with pytest.raises(Unauthenticated):
         await gateway.visible_models(None)
+
+
+async def test_the_ledger_is_asked_for_what_the_engine_is_sent() -> None:
+    setup = Setup(ScriptedEngine())
+    await setup.run(setup.call(max_tokens=9, n=2))
+    (hold,) = setup.ledger.holds
+    (dispatch,) = setup.engine.dispatched
+    assert hold.ask == BudgetAsk(
+        "req_1", "hr", "small", "small", Operation.CHAT, len(dispatch.body), 2, 9
+    )
+    assert hold.prompt_tokens == 3
+
+
+async def test_an_exhausted_account_is_refused_before_it_is_recorded_as_decided() -> None:
+    setup = Setup(ScriptedEngine())
+    setup.ledger.refuse = BudgetExhausted()
+    with pytest.raises(BudgetExhausted):
+        await setup.run(setup.call())
+    assert setup.engine.dispatched == []
+    assert setup.audit.kinds == ["completed"]
+    assert (setup.turn.outcome, setup.turn.status) == (Outcome.REFUSED, 429)
+    assert setup.turn.body is not None  # the prompt is evidence
+
+
+async def test_an_answer_ends_where_the_account_does() -> None:
+    setup = Setup(ScriptedEngine(("a", "b", "c", "d")))
+    setup.ledger.left = 2
+    seen: list[GatewayEvent] = []
+
+    async def consume() -> None:
+        async for event in setup.gateway.exchange(setup.call()):
+            seen.append(event)
+
+    with pytest.raises(BudgetExhausted):
+        await consume()
+    assert [type(event) for event in seen] == [Accepted, EngineChunk, EngineChunk]
+    assert setup.engine.closed == 1
+    (hold,) = setup.ledger.holds
+    assert hold.seen == [(1, 1000), (1, 2000), (1, 3000)]
+    assert setup.ledger.settled == [(None, None)]
+
+
+async def test_what_is_released_is_what_is_recorded() -> None:
+    setup = Setup(ScriptedEngine(("a", "b", "c")))
+    events = await setup.run(setup.call())
+    released = b"".join(
+        event.data if isinstance(event, EngineChunk) else event.tail
+        for event in events
+        if not isinstance(event, Accepted)
+    )
+    assert setup.audit.outputs == {"req_1": released}
+
+
+async def test_every_stage_is_timed_once_in_order() -> None:
+    setup = Setup(ScriptedEngine(("a", "b")))
+    now = iter(range(0, 10_000, 10))
+    setup.gateway.monotonic = lambda: next(now)
+    await setup.run(setup.call())
+    assert list(setup.turn.stage_us) == [
+        "identify",
+        "read",
+        "inspect_input",
+        "decide",
+        "route",
+        "reserve",
+        "record_decided",
+        "engine_start",
+        "stream",
+        "settle",
+        "record_completed",
+    ]
+    assert set(setup.turn.stage_us.values()) == {10}

@@ -10,9 +10,17 @@ import pytest
 
 from governance.errors import AuditUnavailable, ContextLengthExceeded, GatehouseError, InternalError
 from governance.nulls import NullInspector
-from governance.types import Inspection, Operation, Outcome, TextLeaf, Turn
+from governance.types import (
+    BudgetAsk,
+    Inspection,
+    Operation,
+    Outcome,
+    TextLeaf,
+    Turn,
+    Usage,
+)
 from tests.doubles import RecordingAudit, ScriptedEngine
-from tests.unit.test_gateway import Setup
+from tests.unit.test_gateway import Account, Setup
 
 SECRET = "the patient's number is 4711"
 
@@ -27,9 +35,15 @@ class QuotingInspector(NullInspector):
 
 
 class LosingAudit(RecordingAudit):
-    """The disk is full when the end of a turn is written."""
+    """The disk is slow, and then full, when the end of a turn is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self.release = asyncio.Event(), asyncio.Event()
 
     async def completed(self, turn: Turn) -> None:
+        self.started.set()
+        await self.release.wait()
         raise AuditUnavailable()
 
 
@@ -48,11 +62,18 @@ async def test_a_prompt_quoted_by_an_unforeseen_exception_is_not_logged(
 
 async def test_a_ledger_that_fails_does_not_cost_the_record() -> None:
     setup = Setup(ScriptedEngine())
+    reserve = setup.ledger.reserve
 
-    async def broken(turn: Turn) -> None:
-        raise RuntimeError("ledger gone")
+    async def reserve_broken(ask: BudgetAsk) -> Account:
+        hold = await reserve(ask)
 
-    setup.ledger.settle = broken  # type: ignore[method-assign]
+        def broken(usage: Usage | None, gpu_us: int | None) -> None:
+            raise RuntimeError("ledger gone")
+
+        hold.settle = broken  # type: ignore[method-assign]
+        return hold
+
+    setup.ledger.reserve = reserve_broken  # type: ignore[method-assign]
     with pytest.raises(InternalError):
         await setup.run(setup.call())
     assert [stage for stage, _ in setup.audit.entries] == ["decided", "completed"]
@@ -73,17 +94,9 @@ async def test_an_audit_that_breaks_at_a_refusal_is_an_error_of_ours() -> None:
 async def test_a_record_lost_after_the_client_went_is_not_lost_silently(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    setup = Setup(ScriptedEngine(), LosingAudit())
-    started = asyncio.Event()
-    release = asyncio.Event()
-    settle = setup.ledger.settle
-
-    async def slow(turn: Turn) -> None:
-        started.set()
-        await release.wait()
-        await settle(turn)
-
-    setup.ledger.settle = slow  # type: ignore[method-assign]
+    audit = LosingAudit()
+    setup = Setup(ScriptedEngine(), audit)
+    started, release = audit.started, audit.release
 
     async def serve() -> None:
         async with aclosing(setup.gateway.exchange(setup.call())) as events:

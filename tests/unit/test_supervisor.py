@@ -81,7 +81,7 @@ class Run:
         plan = Plan(
             file=file,
             config_path=Path("serve_config.local.yaml"),
-            settings=Settings(state=tmp_path / "state", config_root=tmp_path),
+            settings=Settings(tmp_path / "state", tmp_path, tmp_path / "evidence"),
             issuer=None,
             ready_timeout_s=5.0,
             announcement=lambda plan, logs: f"READY {plan.file.url} {logs}",

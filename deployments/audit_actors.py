@@ -1,0 +1,212 @@
+"""The sealer as a Ray actor, one a node: seals the logs that processes of its node write."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deployments.settings import Settings
+from deployments.telemetry.actors import SealerTelemetry
+from governance.audit.files import Locked
+from governance.audit.seal import Sealer, SealReport
+from governance.tracebacks import without_messages
+
+log = logging.getLogger("gatehouse.audit")
+
+ACTOR_PREFIX = "gatehouse-sealer-"
+NAMESPACE = "gatehouse"
+START_TIMEOUT_S = 60.0
+INTERVAL_S = 5.0
+_LOCK_RETRY_S = 0.5
+_STOP_TIMEOUT_S = 30.0
+
+
+class SealerStartError(RuntimeError):
+    """The sealer did not start; the message is for the operator."""
+
+
+@dataclass(slots=True)
+class SealerStatus:
+    """What the sealer has done since it started, for metrics."""
+
+    running: bool = False
+    rounds: int = 0
+    records: int = 0
+    cells: int = 0
+    segments: int = 0
+    quarantined: int = 0
+    aborted: int = 0
+    adopted: int = 0
+    torn_bytes: int = 0
+    lag_us: int = 0
+    """Age of the oldest segment that should be sealed and is not."""
+    last_round_us: int = 0
+    """When the last round ended, wall clock; 0 before."""
+    faults: list[str] = field(default_factory=list)
+    """Of the last round: logs that cannot be sealed."""
+    faults_seen: int = 0
+    """Faults over all rounds: one that lasts counts in each."""
+
+    def add(self, report: SealReport) -> None:
+        """Count a round."""
+        self.rounds += 1
+        self.records += report.records
+        self.cells += report.cells
+        self.segments += report.segments
+        self.quarantined += report.quarantined
+        self.aborted += report.aborted
+        self.adopted += len(report.adopted)
+        self.torn_bytes += report.torn_bytes
+        self.lag_us = report.lag_us
+        self.faults = [f"{f.path} at {f.offset}: {f.reason}" for f in report.faults]
+        self.faults_seen += len(self.faults)
+        self.last_round_us = _now_us()
+
+
+class SealerLoop:
+    """Runs a ``Sealer`` in a thread of its own, round after round.
+
+    Args:
+        settings: Roots.
+        interval_s: Pause between rounds; ``poke`` ends one early.
+        after_round: Called in the sealer's thread after each round.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        interval_s: float = INTERVAL_S,
+        after_round: Callable[[SealerStatus], None] = lambda status: None,
+    ) -> None:
+        self._after_round = after_round
+        self._settings = settings
+        self._interval_s = interval_s
+        self._poked = threading.Event()
+        self._stopping = False
+        self._status = SealerStatus()
+        self._guard = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="audit-sealer", daemon=True)
+        self._thread.start()
+
+    def poke(self) -> None:
+        """Have a round now."""
+        self._poked.set()
+
+    def status(self) -> SealerStatus:
+        """Counts so far."""
+        with self._guard:
+            self._status.running = self._thread.is_alive()
+            return self._status
+
+    def stop(self) -> None:
+        """Seal what can be, and give up the lock."""
+        self._stopping = True
+        self._poked.set()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        sealer = self._open()
+        while sealer is not None and not self._stopping:
+            self._poked.clear()
+            try:
+                report = sealer.seal_once()
+            except Exception as error:  # A loop that ends silently would be worse.
+                log.error("a round of sealing failed\n%s", without_messages(error))
+            else:
+                with self._guard:
+                    self._status.add(report)
+            self._after_round(self._status)
+            self._poked.wait(self._interval_s)
+        if sealer is not None:
+            sealer.close()
+
+    def _open(self) -> Sealer | None:
+        """The sealer, once the one of this actor's earlier process is gone for good."""
+        told = False
+        while not self._stopping:
+            try:
+                return Sealer(self._settings.wal, self._settings.evidence, _now_us)
+            except (Locked, OSError) as error:
+                if not told:
+                    log.error("the sealer waits: %s: %s", type(error).__name__, error)
+                    told = True
+                self._poked.wait(_LOCK_RETRY_S)
+        return None
+
+
+class AuditSealer:
+    """Actor around ``SealerLoop``; the loop starts with the process, so also after a restart."""
+
+    def __init__(self, state_dir: str, evidence_dir: str, interval_s: float = INTERVAL_S) -> None:
+        settings = Settings(Path(state_dir), Path(state_dir), Path(evidence_dir))
+        self._loop = SealerLoop(settings, interval_s, SealerTelemetry().round_ended)
+
+    def poke(self) -> None:
+        """Have a round now."""
+        self._loop.poke()
+
+    def status(self) -> SealerStatus:
+        """Counts since the process started; also tells that it runs."""
+        return self._loop.status()
+
+    def stop(self) -> None:
+        """End in order."""
+        self._loop.stop()
+
+
+def get_or_start_sealer(
+    state_dir: Path | str,
+    evidence_dir: Path | str,
+    node_id: str,
+    namespace: str = NAMESPACE,
+    interval_s: float = INTERVAL_S,
+) -> Any:
+    """The sealer of a node, started if there is none. Blocks; not for an event loop.
+
+    Args:
+        state_dir: State root on that node; absolute.
+        evidence_dir: Evidence root as that node sees it; absolute.
+        node_id: Ray's id of the node whose logs it seals.
+        namespace: Ray namespace.
+        interval_s: Pause between rounds.
+
+    Returns:
+        Handle of an actor that has started.
+
+    Raises:
+        SealerStartError: It does not start.
+    """
+    actor_class: Any = ray.remote(AuditSealer)
+    handle = actor_class.options(
+        name=f"{ACTOR_PREFIX}{node_id}",
+        namespace=namespace,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=-1,
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(str(state_dir), str(evidence_dir), interval_s)
+    try:
+        ray.get(handle.status.remote(), timeout=START_TIMEOUT_S)
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise SealerStartError(f"the sealer did not start: {reason}") from None
+    except RayError as error:
+        raise SealerStartError(
+            f"the sealer did not start within {START_TIMEOUT_S:.0f} s ({type(error).__name__})"
+        ) from None
+    return handle
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

@@ -1,0 +1,122 @@
+"""The two books of a gateway: what its callers may still spend, and what they did.
+
+Opens a log of the gateway's own for the audit trail, sees to it that the node has a sealer, and
+holds leases of the ledger. A gateway whose log is broken can serve nobody: it is unhealthy, so that
+Serve starts another in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from deployments.audit_actors import get_or_start_sealer
+from deployments.ledger_actor import LedgerClient
+from deployments.ledger_budgets import Budgets
+from deployments.settings import Settings
+from governance.audit.keystore import FileKeystore
+from governance.audit.turns import TurnAudit
+from governance.audit.writer import AuditWriter
+from governance.budget.leases import LeaseBook
+from governance.ports import AuditLog, Clock, Ledger
+
+log = logging.getLogger("gatehouse.ingress")
+
+SEALER_PERIOD_S = 10.0
+"""How often a gateway makes sure that its node has a sealer, in seconds."""
+
+
+class BrokenLog(RuntimeError):
+    """The audit log of this gateway cannot be written any more."""
+
+
+class GatewayBooks:
+    """Opens, holds and closes both books.
+
+    Args:
+        gateway_id: Identity of the gateway, new for each start of its process.
+        settings: Roots.
+        budgets: Dump of the ``Budgets`` that the application was built with.
+        clock: Wall clock, microseconds.
+    """
+
+    def __init__(
+        self,
+        gateway_id: str,
+        settings: Settings,
+        budgets: Mapping[str, Any],
+        clock: Clock,
+    ) -> None:
+        config = Budgets.load(budgets).config
+        self._settings = settings
+        self.ledger_client = LedgerClient(settings.state, budgets)
+        self.leases = LeaseBook(
+            gateway_id,
+            self.ledger_client.renew,
+            clock=clock,
+            monotonic=time.monotonic,
+            chunk_tokens=config.chunk_tokens,
+            renew_s=config.lease.renew_s,
+        )
+        self.writer = AuditWriter.open(settings.wal, gateway_id, clock=clock)
+        self.turns = TurnAudit(
+            self.writer,
+            FileKeystore(settings.keys / "content", clock=clock),
+            clock,
+        )
+        self._sealer: asyncio.Task[None] | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ``Ledger`` port."""
+        return self.leases
+
+    @property
+    def audit(self) -> AuditLog:
+        """The ``AuditLog`` port."""
+        return self.turns
+
+    async def start(self) -> None:
+        """Reach the ledger, so that what is wrong with it is said at start; start a sealer."""
+        await self.ledger_client.ready()
+        self.leases.start()
+        self._sealer = asyncio.create_task(self._keep_sealer(), name="audit-sealer")
+
+    def check(self) -> None:
+        """Raise if this gateway can record nothing any more.
+
+        Raises:
+            BrokenLog: It must be started again.
+        """
+        if self.writer.broken:
+            raise BrokenLog(f"audit log of {self.writer.writer_id}: {self.writer.stats.last_error}")
+
+    async def close(self) -> None:
+        """Give leases back, and finish the log; what is open must be closed before."""
+        if self._sealer is not None:
+            self._sealer.cancel()
+            await asyncio.gather(self._sealer, return_exceptions=True)
+        await self.leases.close()
+        await self.turns.close()
+        await self.writer.close()
+
+    async def _keep_sealer(self) -> None:
+        """Ray restarts a sealer that dies; one whose node came back must be started by somebody."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        while True:
+            try:
+                # Asks Ray's head node, and blocks.
+                await asyncio.to_thread(
+                    get_or_start_sealer,
+                    self._settings.state,
+                    self._settings.evidence,
+                    node_id,
+                )
+            except Exception as error:
+                log.error("no sealer on this node: %s", type(error).__name__)
+            await asyncio.sleep(SEALER_PERIOD_S)

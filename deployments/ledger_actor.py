@@ -1,0 +1,224 @@
+"""The budget ledger as a named Ray actor, and the client that finds it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deployments.ledger_calls import LedgerCalls, LedgerLink
+from deployments.ledger_service import LedgerService
+from deployments.settings import Settings
+from deployments.telemetry.actors import LedgerTelemetry
+from governance.budget.messages import AccountState, MeterReport, RenewReply, RenewRequest
+from governance.budget.store import LedgerStoreError
+from governance.errors import GatehouseError, LedgerUnavailable
+
+log = logging.getLogger("gatehouse.ledger")
+
+ACTOR_NAME = "gatehouse-ledger"
+NAMESPACE = "gatehouse"
+START_TIMEOUT_S = 60.0
+HEAD_NODE = "node:__internal_head__"
+"""Resource that Ray gives to the head node alone."""
+_MAX_CALLS = 10_000
+"""Calls open at once: they only queue and wait."""
+_LOCK_WAIT_S = 10.0
+"""How long a new process waits for the one before it to let go of the database."""
+
+
+class LedgerStartError(RuntimeError):
+    """The ledger did not start; the message is for the operator."""
+
+
+class LedgerActor:
+    """Delegates to ``LedgerService``; every method is safe to run twice, since Ray may do that."""
+
+    def __init__(self, state_dir: str) -> None:
+        settings = Settings(Path(state_dir), Path(state_dir), Path(state_dir))
+        self._service = _open(settings)
+        self._telemetry: LedgerTelemetry | None = None
+
+    def _start(self) -> None:
+        """The constructor has no event loop yet; whoever calls first comes through here."""
+        self._service.start()
+        if self._telemetry is None:
+            self._telemetry = LedgerTelemetry(lambda: self._service.audit.stats)
+
+    async def process_id(self) -> int:
+        """Of this process; also tells that it runs."""
+        self._start()
+        return os.getpid()
+
+    async def renew(self, request: RenewRequest) -> RenewReply:
+        """See ``LedgerService.renew``."""
+        self._start()
+        return await self._service.renew(request)
+
+    async def report(self, report: MeterReport) -> None:
+        """See ``LedgerService.report``."""
+        self._start()
+        await self._service.report(report)
+
+    async def configure(self, budgets: Mapping[str, Any]) -> None:
+        """See ``LedgerService.configure``."""
+        self._start()
+        await self._service.configure(budgets)
+
+    async def state(self, account: str | None) -> tuple[AccountState, ...]:
+        """See ``LedgerService.state``."""
+        self._start()
+        return await self._service.state(account)
+
+    async def set_override(
+        self,
+        account: str,
+        limit_us: int | None,
+        limit_tokens: int | None,
+        expires_us: int,
+        reason: str,
+        by: str,
+        deadline_us: int,
+    ) -> AccountState:
+        """See ``LedgerService.set_override``."""
+        self._start()
+        return await self._service.set_override(
+            account, limit_us, limit_tokens, expires_us, reason, by, deadline_us
+        )
+
+    async def clear_override(self, account: str, by: str, deadline_us: int) -> AccountState:
+        """See ``LedgerService.clear_override``."""
+        self._start()
+        return await self._service.clear_override(account, by, deadline_us)
+
+    async def stats(self) -> dict[str, int]:
+        """See ``LedgerService.stats``."""
+        self._start()
+        return await self._service.stats()
+
+
+def _open(settings: Settings) -> LedgerService:
+    """The service; a process that was declared dead may still hold the database for a moment."""
+    until_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            return LedgerService(
+                settings.ledger_db,
+                settings.wal,
+                clock=lambda: time.time_ns() // 1000,
+                monotonic=time.monotonic,
+            )
+        except LedgerStoreError:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(0.1)
+
+
+def get_or_start_ledger(
+    state_dir: Path | str, node_id: str | None = None, namespace: str = NAMESPACE
+) -> Any:
+    """The ledger's actor, started if there is none. Blocks; not for an event loop.
+
+    Args:
+        state_dir: State root, on the volume of the actor's node; absolute.
+        node_id: Node that has the volume; ``None`` for the head node.
+        namespace: Ray namespace.
+
+    Returns:
+        Handle of an actor that has started.
+
+    Raises:
+        LedgerStartError: It does not start.
+    """
+    # NOTE: never left to Ray's choice: on another node the actor would find an empty store, and
+    # every budget would be fresh.
+    placement: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}}
+    if node_id is not None:
+        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+    actor_class: Any = ray.remote(LedgerActor)
+    handle = actor_class.options(
+        name=ACTOR_NAME,
+        namespace=namespace,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=_MAX_CALLS,
+        num_cpus=0,
+        **placement,
+    ).remote(str(state_dir))
+    try:
+        ray.get(handle.process_id.remote(), timeout=START_TIMEOUT_S)
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise LedgerStartError(f"the budget ledger did not start: {reason}") from None
+    except RayError as error:
+        raise LedgerStartError(
+            f"the budget ledger did not start within {START_TIMEOUT_S:.0f} s"
+            f" ({type(error).__name__})"
+        ) from None
+    return handle
+
+
+class LedgerClient(LedgerCalls):
+    """``LedgerCalls`` over Ray.
+
+    Args:
+        state_dir: State root, so that a ledger that is gone is started again; ``None`` to use one
+            that others start.
+        budgets: See ``LedgerCalls``.
+        node_id: See ``get_or_start_ledger``.
+        namespace: Ray namespace.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path | str | None,
+        budgets: Mapping[str, Any] | None = None,
+        node_id: str | None = None,
+        namespace: str = NAMESPACE,
+    ) -> None:
+        super().__init__(self._find, budgets)
+        self._state_dir = state_dir
+        self._node_id = node_id
+        self._namespace = namespace
+
+    async def _find(self) -> LedgerLink:
+        # Both ask Ray's head node and block.
+        if self._state_dir is None:
+            handle = await asyncio.to_thread(ray.get_actor, ACTOR_NAME, self._namespace)
+        else:
+            try:
+                handle = await asyncio.to_thread(
+                    get_or_start_ledger, self._state_dir, self._node_id, self._namespace
+                )
+            except LedgerStartError as error:
+                log.error("%s", error)  # callers are told only that it is not there
+                raise
+        return _RayLink(handle)
+
+
+class _RayLink:
+    """Calls the actor; what Ray raises becomes one of our errors."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def __call__(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*args)
+        except RayTaskError as error:
+            if isinstance(error.cause, GatehouseError):
+                raise error.cause from None
+            log.error("ledger: %s raised %s", method, type(error.cause).__name__)
+            raise LedgerUnavailable from error
+        except RayError as error:
+            raise LedgerUnavailable from error

@@ -1,0 +1,172 @@
+"""Calls to the budget ledger, for gateways, engines and administration. How they travel is passed.
+
+Whoever calls finds the ledger, and finds it again after a failure, as for the control plane. What
+gateways and engines say is cumulative or numbered, so each of these calls may be sent again: their
+own loops do that, and this module does not wait on their behalf. Administration is sent again
+here, a few times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from governance.budget.messages import AccountState, MeterReport, RenewReply, RenewRequest
+from governance.errors import GatehouseError, LedgerUnavailable
+from governance.ports import Clock
+
+log = logging.getLogger("gatehouse.ledger")
+
+CALL_TIMEOUT_S = 3.0
+"""How long one call may take, in seconds; finding the ledger included."""
+ADMIN_TIMEOUT_S = 8.0
+"""The same for an override, which waits for its record."""
+START_TIMEOUT_S = 60.0
+"""How long ``ready`` waits at a time, in seconds."""
+DEADLINE_US = 15_000_000
+"""An override that reaches the ledger later than this after it was asked for is refused there."""
+_ATTEMPTS = 5
+_PAUSE_S = 0.3
+
+
+class LedgerLink(Protocol):
+    """A way to call the ledger; good until it raises ``LedgerUnavailable``."""
+
+    def __call__(self, method: str, *args: Any) -> Awaitable[Any]:
+        """Call a method of ``LedgerService`` by name.
+
+        Raises:
+            GatehouseError: What the method raised.
+            LedgerUnavailable: The ledger could not be reached.
+        """
+        ...
+
+
+class LedgerCalls:
+    """The ledger from afar. Every method raises ``LedgerUnavailable`` when there is no answer.
+
+    Args:
+        resolve: Finds the ledger anew; may raise anything.
+        budgets: Budgets of this application (``Budgets.dump``), given to the ledger
+            whenever it is found; ``None`` for those who do not know them.
+        clock: Wall clock, microseconds.
+    """
+
+    def __init__(
+        self,
+        resolve: Callable[[], Awaitable[LedgerLink]],
+        budgets: Mapping[str, Any] | None = None,
+        *,
+        clock: Clock = lambda: time.time_ns() // 1000,
+    ) -> None:
+        self._resolve = resolve
+        self._budgets = budgets
+        self._clock = clock
+        self._link: LedgerLink | None = None
+        self._finding: asyncio.Task[LedgerLink] | None = None
+
+    async def renew(self, request: RenewRequest) -> RenewReply:
+        """``LedgerService.renew``; once, within ``CALL_TIMEOUT_S``."""
+        reply: RenewReply = await self._call(CALL_TIMEOUT_S, "renew", request)
+        return reply
+
+    async def report(self, report: MeterReport) -> None:
+        """``LedgerService.report``; once, within ``CALL_TIMEOUT_S``. Durable when it returns."""
+        await self._call(CALL_TIMEOUT_S, "report", report)
+
+    async def ready(self) -> None:
+        """Wait until the ledger has started and has the budgets of this application."""
+        await self._insist("state", None, timeout_s=START_TIMEOUT_S)
+
+    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
+        """One account, or all; empty where there is none."""
+        states: tuple[AccountState, ...] = await self._call(CALL_TIMEOUT_S, "state", account)
+        return states
+
+    async def set_override(
+        self,
+        account: str,
+        limit_us: int | None,
+        limit_tokens: int | None,
+        expires_us: int,
+        reason: str,
+        by: str,
+    ) -> AccountState:
+        """Override an account's limits (``LedgerService.set_override``).
+
+        Raises:
+            ObjectNotFound: There is no such account.
+            InvalidRequest: A value is out of range.
+            AuditUnavailable: It cannot be recorded, and was not done or was taken back.
+        """
+        values = (account, limit_us, limit_tokens, expires_us, reason, by)
+        return await self._administer("set_override", *values)
+
+    async def clear_override(self, account: str, by: str) -> AccountState:
+        """End an override (``LedgerService.clear_override``); raises as ``set_override``."""
+        return await self._administer("clear_override", account, by)
+
+    async def _administer(self, method: str, *args: Any) -> AccountState:
+        deadline_us = self._clock() + DEADLINE_US
+        state: AccountState = await self._insist(
+            method, *args, deadline_us, timeout_s=ADMIN_TIMEOUT_S
+        )
+        return state
+
+    async def _insist(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await self._call(timeout_s, method, *args)
+            except LedgerUnavailable:
+                if attempt == _ATTEMPTS:
+                    raise
+            await asyncio.sleep(_PAUSE_S * attempt)
+        raise LedgerUnavailable
+
+    async def _call(self, timeout_s: float, method: str, *args: Any) -> Any:
+        """Call once.
+
+        Raises:
+            GatehouseError: What the method raised.
+            LedgerUnavailable: No answer, for whatever reason; the link is given up.
+        """
+        link: LedgerLink | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                link = await self._connect()
+                return await link(method, *args)
+        except LedgerUnavailable:
+            self._forget(link)
+            raise
+        except GatehouseError:
+            raise
+        except Exception as error:
+            self._forget(link)
+            log.warning("ledger: %s failed (%s)", method, type(error).__name__)
+            raise LedgerUnavailable from error
+
+    def _forget(self, link: LedgerLink | None) -> None:
+        """Give a link up, unless somebody has found another meanwhile."""
+        if self._link is link:
+            self._link = None
+
+    async def _connect(self) -> LedgerLink:
+        """The link; found once for all who wait, and found to the end when a waiter gives up."""
+        if self._link is not None:
+            return self._link
+        if self._finding is None:
+            self._finding = asyncio.create_task(self._find_link(), name="ledger-find")
+        return await asyncio.shield(self._finding)
+
+    async def _find_link(self) -> LedgerLink:
+        try:
+            link = await self._resolve()
+            if self._budgets is not None:
+                await link("configure", self._budgets)
+            self._link = link
+            return link
+        finally:
+            self._finding = None

@@ -1,0 +1,71 @@
+"""What engine replicas, ledger and sealers tell operators: metrics, no request lines or traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deployments.data_plane.backend import EngineLoad
+from deployments.telemetry.export import Exporter
+from deployments.telemetry.ray_sink import RaySink
+from deployments.telemetry.registry import Registry
+from deployments.telemetry.sources import EngineSource, SealSource, SealStats, WalSource, WalStats
+
+
+class EngineTelemetry:
+    """Metrics of one engine replica.
+
+    Args:
+        model: Base model.
+        load: Its load.
+        dead: Whether its engine has died.
+    """
+
+    def __init__(
+        self, model: str, load: Callable[[], EngineLoad], dead: Callable[[], bool]
+    ) -> None:
+        registry = Registry()
+        self.source = EngineSource(registry, model, load, dead)
+        self._exporter = Exporter(registry, RaySink(), [self.source])
+        self._exporter.start()
+
+    async def close(self) -> None:
+        """Send what is left."""
+        await self._exporter.close()
+
+
+class LedgerTelemetry:
+    """Metrics of the ledger's audit log.
+
+    Args:
+        stats: Counts of the present writer; ``None`` while there is none. Another object after a
+            writer was replaced.
+    """
+
+    def __init__(self, stats: Callable[[], WalStats | None]) -> None:
+        self._registry = Registry()
+        self._stats = stats
+        self._watched: WalStats | None = None
+        self._source: WalSource | None = None
+        self._exporter = Exporter(self._registry, RaySink(), [self._collect])
+        self._exporter.start()
+
+    def _collect(self) -> None:
+        stats = self._stats()
+        if stats is not None and stats is not self._watched:
+            self._watched, self._source = stats, WalSource(self._registry, "ledger", stats)
+        if self._source is not None:
+            self._source()
+
+
+class SealerTelemetry:
+    """Metrics of one sealer, sent after each of its rounds, from its own thread."""
+
+    def __init__(self) -> None:
+        registry = Registry()
+        self._source = SealSource(registry)
+        self._exporter = Exporter(registry, RaySink())
+
+    def round_ended(self, stats: SealStats) -> None:
+        """Send figures. Rounds are a few seconds apart: Ray drops a gauge after twenty."""
+        self._source.take(stats)
+        self._exporter.flush()

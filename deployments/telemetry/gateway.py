@@ -1,0 +1,70 @@
+"""What a gateway tells operators: metrics, request lines, traces; assembled in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+
+from deployments import __version__
+from deployments.gateway_books import GatewayBooks
+from deployments.settings import Settings
+from deployments.telemetry.access import AccessLog
+from deployments.telemetry.export import Exporter
+from deployments.telemetry.ray_sink import RaySink
+from deployments.telemetry.registry import Registry
+from deployments.telemetry.sources import DiskSource, GatewaySource, LeaseSource, WalSource
+from deployments.telemetry.traces import from_environment
+from deployments.telemetry.turns import TurnObserver
+
+
+class GatewayTelemetry:
+    """Registry, exporter, request lines and traces of one gateway.
+
+    Call it after ``logs.join_serve_log``: request lines go to the handlers that are there then.
+
+    Args:
+        gateway_id: Names this gateway in traces.
+        models: Served ids; labels of metrics.
+        base_models: Ids of the engines.
+        ready: Whether a base model can be served now.
+        control_age_s: Age of the copy of the control plane.
+    """
+
+    def __init__(
+        self,
+        gateway_id: str,
+        models: Sequence[str],
+        base_models: Sequence[str],
+        ready: Callable[[str], bool],
+        control_age_s: Callable[[], float],
+    ) -> None:
+        self.registry = Registry()
+        self._access = AccessLog()
+        self.tracing = from_environment(os.environ, __version__, gateway_id)
+        self.observer = TurnObserver(self.registry, models, self._access, self.tracing)
+        self._exporter = Exporter(
+            self.registry,
+            RaySink(),
+            [
+                self._access.flush,
+                GatewaySource(self.registry, base_models, ready, control_age_s),
+            ],
+        )
+
+    def watch(self, books: GatewayBooks, settings: Settings) -> None:
+        """Export the figures of the gateway's books and disks, too; begins to export."""
+        self._exporter.collect(
+            LeaseSource(self.registry, books.leases),
+            WalSource(self.registry, "gateway", books.writer.stats),
+            DiskSource(
+                self.registry,
+                [("state", settings.state, None), ("evidence", settings.evidence, None)],
+            ),
+        )
+        self._exporter.start()
+
+    async def close(self) -> None:
+        """Write and send what is left."""
+        await self._exporter.close()
+        await asyncio.to_thread(self.tracing.close)

@@ -1,0 +1,191 @@
+"""What engines, gateways and the ledger tell each other about budgets.
+
+Figures are **cumulative** wherever a message may be lost, repeated or overtaken: of two reports
+about one reservation the larger figure holds, so that a repeat or an old one changes nothing.
+``gpu_us`` of a ``MeterRow`` is raw device time; every ``Amount`` is charged (raw times the weight
+of the accelerator, see ``governance.budget.config``). Nothing here does I/O or reads a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from governance.types import Amount
+
+
+@dataclass(frozen=True, slots=True)
+class MeterRow:
+    """One reservation as its engine sees it; every figure is cumulative."""
+
+    reservation_id: str
+    request_id: str
+    gateway_id: str
+    account: str
+    """Department on the ticket."""
+    model: str
+    base_model: str
+    gpu_us: int
+    """Raw device-microseconds so far, over all prompts and choices of the request; the sum of
+    ``prefill_us`` and ``decode_us``."""
+    prefill_us: int
+    decode_us: int
+    prefill_tokens: int
+    """Prompt tokens that were computed, not found in the prefix cache."""
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+    prompt_tokens: int
+    """Prompt as counted by the engine."""
+    decode_tokens: int
+    """Answer tokens generated, over all choices."""
+    ended: bool
+    """The engine is through with it: no later row has larger figures."""
+    delivered: bool
+    """The gateway was sent the final figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeterReport:
+    """What an engine replica says at least once a second."""
+
+    replica_id: str
+    base_model: str
+    accelerator: str
+    """Kind of device, such as ``H100`` or ``cpu``; names the weight."""
+    epoch: str
+    """Random per start of the engine."""
+    seq: int
+    """1, 2, ... within the epoch; a repeat changes nothing."""
+    devices: int
+    elapsed_us: int
+    """Devices times the time since the engine started, device-microseconds."""
+    busy_us: int
+    """Device-microseconds in which the engine worked, cumulative."""
+    attributed_us: int
+    """Device-microseconds charged to requests, cumulative; equals ``busy_us`` less what
+    ``unattributed_us`` holds of it, up to one microsecond a request for rounding."""
+    unattributed_us: int
+    """Device-microseconds that no request can be charged for, cumulative: time of steps with
+    nobody in them, and the bound on what was lost with a dead engine core."""
+    running: int
+    """Requests in the engine now."""
+    dead: bool
+    """Last report of an engine that died; ``unattributed_us`` has the bound on what was lost."""
+    rows: tuple[MeterRow, ...]
+    hooks_us: int = 0
+    """Time of the engine core's process that metering itself took, cumulative; for operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What a gateway knows of a reservation that it is through with."""
+
+    reservation_id: str
+    account: str
+    request_id: str
+    model: str
+    base_model: str
+    gpu_us: int | None
+    """Raw device-microseconds; ``None`` where the engine did not say."""
+    used: Amount
+    """Charged as far as the gateway knows, cumulative."""
+    final: bool
+    """The usage came with the engine's last frame."""
+    prompt_bytes: int = 0
+    """Bytes of the forwarded body; 0 where its tokens are not known exactly."""
+    prompt_tokens: int = 0
+    """Prompt as the engine counted it; with ``prompt_bytes`` it teaches tokens per byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAsk:
+    """What a gateway has and wants of one account."""
+
+    account: str
+    open: Amount
+    """Sum of this gateway's open reservations, settled ones not counted."""
+    need: Amount
+    """Asked for now by requests that wait."""
+    cushion: Amount
+    """Wanted beyond that, for requests to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenewRequest:
+    """A gateway's regular message to the ledger; one is in flight at a time."""
+
+    gateway_id: str
+    seq: int
+    """An older or repeated number changes nothing."""
+    asks: tuple[LeaseAsk, ...]
+    settlements: tuple[Settlement, ...]
+    closing: bool
+    """The gateway drains: its leases end, and what they held returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseState:
+    """A lease as it stands after a renewal."""
+
+    lease_id: str
+    account: str
+    hold: Amount
+    """Total that the gateway may have open and free under this lease now."""
+    adjust: Amount
+    """Cumulative: what engines charged to reservations after this gateway had settled them for
+    less."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountState:
+    """An account as shown to people and in headers."""
+
+    account: str
+    window: str
+    """``hour``, ``day``, ``week`` or ``month``."""
+    window_start_us: int
+    reset_us: int
+    """When the window ends; microseconds since 1970 UTC, as ``window_start_us``."""
+    limit_us: int | None
+    """Charged device-microseconds per window; ``None`` is no limit."""
+    limit_tokens: int | None
+    spent: Amount
+    leased: Amount
+    """Outstanding at gateways beyond ``spent``."""
+    open: Amount
+    """Of ``leased``, what gateways said to be reserved by requests in flight."""
+    overridden_until_us: int | None
+    """When an override of the limits ends; ``None`` where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrice:
+    """What a token of a base model has cost of late; see ``governance.budget.prices``."""
+
+    base_model: str
+    weight_milli: int
+    """Weight of its accelerator in thousandths."""
+    prefill_p50_ns: int
+    """Raw device-nanoseconds per computed prompt token."""
+    prefill_p99_ns: int
+    decode_p50_ns: int
+    """Raw device-nanoseconds per answer token."""
+    decode_p99_ns: int
+    prompt_tokens_per_kib_p50: int
+    """Prompt tokens per 1,024 bytes of forwarded body."""
+    prompt_tokens_per_kib_p99: int
+    observations: int
+    """Requests behind these figures; with too few of them the defaults stand in."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenewReply:
+    """The ledger's answer."""
+
+    seq: int
+    ttl_ms: int
+    """Leases hold this long, counted by the gateway from when it sent the request."""
+    leases: tuple[LeaseState, ...]
+    accounts: tuple[AccountState, ...]
+    prices: tuple[ModelPrice, ...]
+    unknown: tuple[str, ...]
+    """Accounts that were asked for and do not exist."""
