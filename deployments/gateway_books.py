@@ -1,8 +1,8 @@
 """The two books of a gateway: what its callers may still spend, and what they did.
 
-Opens a log of the gateway's own for the audit trail, sees to it that the node has a sealer, and
-holds leases of the ledger. A gateway whose log is broken can serve nobody: it is unhealthy, so that
-Serve starts another in its place.
+Opens a log of the gateway's own for the audit trail, sees to it that its node and the ledger's have
+a sealer, and holds leases of the ledger. A gateway whose log is broken can serve nobody: it is
+unhealthy, so that Serve starts another in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from deployments.audit_actors import get_or_start_sealer
-from deployments.ledger_actor import LedgerClient
+from deployments.ledger_actor import HEAD_NODE, LedgerClient
 from deployments.ledger_budgets import Budgets
 from deployments.settings import Settings
 from governance.audit.keystore import FileKeystore
@@ -28,7 +28,7 @@ from governance.ports import AuditLog, Clock, Ledger
 log = logging.getLogger("gatehouse.ingress")
 
 SEALER_PERIOD_S = 10.0
-"""How often a gateway makes sure that its node has a sealer, in seconds."""
+"""How often a gateway makes sure of the sealers, in seconds."""
 
 
 class BrokenLog(RuntimeError):
@@ -106,17 +106,23 @@ class GatewayBooks:
         await self.writer.close()
 
     async def _keep_sealer(self) -> None:
-        """Ray restarts a sealer that dies; one whose node came back must be started by somebody."""
-        node_id: str = ray.get_runtime_context().get_node_id()
+        """See to it that whoever writes a log has a sealer: this node, and the ledger's.
+
+        Ray restarts a sealer that dies; one whose node came back must be started by somebody.
+        """
         while True:
-            try:
-                # Asks Ray's head node, and blocks.
-                await asyncio.to_thread(
-                    get_or_start_sealer,
-                    self._settings.state,
-                    self._settings.evidence,
-                    node_id,
-                )
-            except Exception as error:
-                log.error("no sealer on this node: %s", type(error).__name__)
+            for node_id in {ray.get_runtime_context().get_node_id(), *_head_nodes()}:
+                try:
+                    # Asks Ray's head node, and blocks.
+                    await asyncio.to_thread(
+                        get_or_start_sealer, self._settings.state, self._settings.evidence, node_id
+                    )
+                except Exception as error:
+                    log.error("no sealer on node %s: %s", node_id, type(error).__name__)
             await asyncio.sleep(SEALER_PERIOD_S)
+
+
+def _head_nodes() -> list[str]:
+    """Id of the living node that ledger and control plane are pinned to."""
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return [str(n["NodeID"]) for n in nodes if n["Alive"] and HEAD_NODE in n["Resources"]]

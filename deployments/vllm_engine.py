@@ -177,7 +177,7 @@ class AdmittedLLM(AsyncLLM):
         metered.submitted += 1
         try:
             await super()._add_request(*arguments, **options)
-        except Exception:
+        except BaseException:  # A client that leaves now is among them.
             metered.submitted -= 1
             raise
 

@@ -77,6 +77,9 @@ PRIORITY = {"critical": -10, "standard": 0, "batch": 10}
 
 _UNOBSERVED = NullObserver()
 
+_OF_ITS_OWN = frozenset({400, 403, 404, 413, 415})
+"""Statuses of refusals for what a request says; those for want of room are not its fault."""
+
 _FINISH = b'"finish_reason":"'
 """Marks the chunk that ends a choice. Inside generated text the quotes are escaped, so text
 cannot imitate it."""
@@ -166,6 +169,7 @@ class Gateway:
         try:
             turn.principal = principal = await self.authenticator.authenticate(call.authorization)
             turn.lap("identify")
+            self.limiter.check_refusals(principal.key)
             turn.request = request = await self._read(call)
             turn.lap("read")
             model = self._visible(principal, request)
@@ -291,7 +295,7 @@ class Gateway:
         route: Route,
     ) -> tuple[Hold, Dispatch]:
         """Fix the exact bytes that the engine will get, and reserve what they may cost."""
-        turn.max_tokens = max_tokens = self._answer_tokens(request, decision)
+        turn.max_tokens = max_tokens = self._answer_tokens(request, decision, route.model)
         priority = PRIORITY[decision.priority_class]
         turn.body = forward_body(
             request,
@@ -331,9 +335,14 @@ class Gateway:
             context_tokens=decision.limits.context_tokens,
         )
 
-    def _answer_tokens(self, request: InferenceRequest, decision: Decision) -> int:
-        """Answer tokens per choice: what was asked, or the platform's bound, within the policy."""
-        wanted = request.max_tokens or self.max_answer_tokens
+    def _answer_tokens(
+        self, request: InferenceRequest, decision: Decision, model: ModelInfo
+    ) -> int:
+        """Answer tokens per choice: what was asked, or the platform's bound, within the policy.
+
+        Never more than the model can hold, so that nothing is reserved that cannot be spent.
+        """
+        wanted = min(request.max_tokens or self.max_answer_tokens, model.context_tokens)
         most = decision.limits.max_tokens
         return wanted if most is None else max(1, min(wanted, most // request.choices))
 
@@ -396,6 +405,8 @@ class Gateway:
     def _failed(self, turn: Turn, error: GatehouseError, cause: Exception | None = None) -> None:
         turn.outcome = Outcome.FAILED if error.status >= 500 else Outcome.REFUSED
         turn.error_code, turn.status = error.code, error.status
+        if turn.principal is not None and error.status in _OF_ITS_OWN:
+            self.limiter.refused(turn.principal.key)
         if turn.outcome is Outcome.FAILED:
             log.error(
                 "request %s failed: %s\n%s",

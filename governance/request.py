@@ -135,6 +135,8 @@ def _model(fields: dict[str, Any]) -> str:
         raise InvalidRequest("model is missing; GET /v1/models lists yours.", "model")
     if type(model) is not str or not 0 < len(model) <= _MAX_MODEL_CHARS:
         raise expected(f"a string of 1 to {_MAX_MODEL_CHARS} characters", "model")
+    if not model.isprintable():
+        raise expected("a string of printable characters", "model")
     return model
 
 

@@ -42,6 +42,10 @@ OTHER_VARIABLES = (
     ("GATEHOUSE_DEBUG", "command line: any value shows the traceback of an unexpected failure"),
     ("GATEHOUSE_PYTHON", "`make`: interpreter that `.venv` is made with"),
     ("TORCH_INDEX_URL", "`make`: package index that torch is taken from"),
+    ("GATEHOUSE_METER_SOCKET", "set by an engine replica for its core: where it sends what it "
+     "meters; not for operators"),
+    ("GATEHOUSE_METER_ACCELERATOR", "set by an engine replica for its core: kind of device; not "
+     "for operators"),
     ("OMP_NUM_THREADS", "threads of a CPU engine; half the CPUs of the node if unset"),
     ("RAY_AUTH_MODE", "`token` makes Ray ask for a token; `gatehouse serve` sets it if unset"),
     ("RAY_AUTH_TOKEN_PATH", "file with that token; `gatehouse serve` draws one if unset"),

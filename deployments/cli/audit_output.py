@@ -123,21 +123,22 @@ def event_line(record: Mapping[str, Any]) -> str:
     what = record["response_model"] or record["request_model"] or record["entity_id"]
     cells = (
         _time(record["ts_end_us"] or record["ts_us"]),
-        click.style(f"{kind:<20}", fg=_COLOURS.get(kind)),
-        f"{record['department'] or '-':<12}",
-        f"{what or '-':<16}",
-        click.style(f"{outcome or '-':<16}", fg=_COLOURS.get(outcome.split(" ")[0])),
+        click.style(f"{_safe(kind):<20}", fg=_COLOURS.get(kind)),
+        f"{_safe(record['department']):<12}",
+        f"{_safe(what):<16}",
+        click.style(f"{_safe(outcome):<16}", fg=_COLOURS.get(outcome.split(" ")[0])),
         _usage(record),
-        record["request_id"] or record["writer_id"],
+        _safe(record["request_id"] or record["writer_id"]),
     )
-    # NOTE: cleaned before click sees it, but colours must survive: they hold the escape character.
-    return "  ".join(_clean(str(cell)) for cell in cells if cell)
+    return "  ".join(cell for cell in cells if cell)
 
 
-def _clean(cell: str) -> str:
-    """Printable, but for a colour that ``click.style`` put around it."""
-    plain = printable(click.unstyle(cell).replace("\n", " ").replace("\t", " "))
-    return cell if plain == click.unstyle(cell) else plain
+def _safe(value: Any) -> str:
+    """A value on one line, without what could steer a terminal.
+
+    NOTE: before it is styled. A colour and an attack are the same characters afterwards.
+    """
+    return printable(str(value or "-").replace("\n", " ").replace("\t", " "))
 
 
 def _usage(record: Mapping[str, Any]) -> str:

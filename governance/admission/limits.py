@@ -6,6 +6,10 @@ the limit divided by the gateways alive, rounded down and at least 1; so togethe
 more than the limit, or one each where the limit is smaller than the number of gateways.
 Connections that stick to one gateway see that gateway's share only; load balancing evens it out.
 
+Requests that are refused for what they say (not valid, not permitted, no such model) count apart,
+for all callers alike: ``REFUSALS_PER_MINUTE``. Each leaves a record, with what was asked, so a
+caller without any limit of its own could fill the disk by asking for what it cannot have.
+
 The minute is a sliding one, kept exactly: the times of the admissions of the last 60 s. A token
 bucket would be smaller, but admits up to twice its limit in some minute.
 """
@@ -22,6 +26,8 @@ from governance.types import Limits
 
 WINDOW_US = 60_000_000
 """Length of the window for requests per minute, in microseconds."""
+REFUSALS_PER_MINUTE = 120
+"""Refused requests of one caller within a minute; a caller past that waits, whatever it asks."""
 
 
 @dataclass(slots=True)
@@ -31,11 +37,14 @@ class _Counts:
     running: int = 0
     admitted_us: deque[int] = field(default_factory=deque)
     """Times of admission within the last window, oldest first."""
+    refused_us: deque[int] = field(default_factory=deque)
+    """Times of refusals within the last window, oldest first."""
 
     def forget(self, now_us: int) -> None:
         """Drop what has left the window."""
-        while self.admitted_us and self.admitted_us[0] <= now_us - WINDOW_US:
-            self.admitted_us.popleft()
+        for times in (self.admitted_us, self.refused_us):
+            while times and times[0] <= now_us - WINDOW_US:
+                times.popleft()
 
 
 class Lease:
@@ -135,6 +144,30 @@ class RateLimiter:
         counts.running += 1
         return Lease(counts)
 
+    def check_refusals(self, key: str) -> None:
+        """Hold a caller back that was refused too often; before its request is read.
+
+        Raises:
+            RateLimited: It was; ``retry_after_s`` says when it may ask again.
+            Overloaded: Too many different callers at once.
+        """
+        now_us = int(self._monotonic() * 1_000_000)
+        refused_us = self._counts(key, now_us).refused_us
+        most = self._own(REFUSALS_PER_MINUTE)
+        if len(refused_us) >= most:
+            free_us = refused_us[-most] + WINDOW_US - now_us
+            raise RateLimited(
+                f"{most} requests of yours were refused within a minute; correct them, and try "
+                "again later.",
+                None,
+                max(1, -(-free_us // 1_000_000)),
+            )
+
+    def refused(self, key: str) -> None:
+        """Count a request that was refused for what it says."""
+        now_us = int(self._monotonic() * 1_000_000)
+        self._counts(key, now_us).refused_us.append(now_us)
+
     def _own(self, limit: int) -> int:
         """What this gateway may give out of a limit."""
         # The addend keeps 98 * (1 / 49), a hair under 2 in floating point, from becoming 1.
@@ -158,7 +191,7 @@ class RateLimiter:
         for _ in range(min(tries, len(self._keys))):
             key, counts = next(iter(self._keys.items()))
             counts.forget(now_us)
-            if counts.running or counts.admitted_us:
+            if counts.running or counts.admitted_us or counts.refused_us:
                 self._keys.move_to_end(key)
             else:
                 del self._keys[key]

@@ -8,7 +8,18 @@ from contextlib import aclosing
 
 import pytest
 
-from governance.errors import AuditUnavailable, ContextLengthExceeded, GatehouseError, InternalError
+from governance.admission.limits import REFUSALS_PER_MINUTE
+from governance.errors import (
+    AuditUnavailable,
+    BudgetExhausted,
+    ContextLengthExceeded,
+    GatehouseError,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    RateLimited,
+)
+from governance.gateway import Answer
 from governance.nulls import NullInspector
 from governance.types import (
     BudgetAsk,
@@ -125,3 +136,39 @@ async def test_token_prompts_beyond_the_context_never_reach_an_engine() -> None:
         with pytest.raises(ContextLengthExceeded):
             await setup.run(setup.call(operation=Operation.COMPLETIONS, prompt=prompt))
     assert setup.audit.entries[-1][1].outcome is Outcome.REFUSED
+
+
+async def test_a_caller_that_keeps_asking_for_what_it_cannot_have_is_held_back() -> None:
+    setup = Setup(ScriptedEngine())
+    for _ in range(REFUSALS_PER_MINUTE):
+        with pytest.raises(ModelNotFound):
+            await setup.run(setup.call(model="nothing"))
+    with pytest.raises(RateLimited) as caught:
+        await setup.run(setup.call(raw=b"never read"))
+    assert caught.value.retry_after_s
+    assert setup.turn.request is None  # its body was not received
+    assert isinstance((await setup.run(setup.call("intern")))[-1], Answer)  # nobody else is
+
+
+async def test_want_of_budget_or_room_is_not_held_against_a_caller() -> None:
+    setup = Setup(ScriptedEngine())
+    setup.ledger.refuse = BudgetExhausted()
+    for _ in range(REFUSALS_PER_MINUTE + 1):
+        with pytest.raises(BudgetExhausted):
+            await setup.run(setup.call())
+
+
+async def test_nothing_is_reserved_that_the_model_cannot_hold() -> None:
+    setup = Setup(ScriptedEngine())
+    setup.gateway.max_answer_tokens = 10**7
+    await setup.run(setup.call("intern", max_tokens=10**7))
+    assert setup.ledger.holds[-1].ask.max_tokens == 1024
+    await setup.run(setup.call("intern"))
+    assert setup.ledger.holds[-1].ask.max_tokens == 1024
+
+
+@pytest.mark.parametrize("model", ["small\x1b[2J", "small\n", "\u202esmall"])
+async def test_a_model_name_that_steers_a_terminal_is_refused(model: str) -> None:
+    setup = Setup(ScriptedEngine())
+    with pytest.raises(InvalidRequest):
+        await setup.run(setup.call(model=model))
