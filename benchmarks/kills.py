@@ -200,7 +200,7 @@ def killers(p: Platform, kills: int) -> list[Killer]:
     each = -(-kills // len(models))
     return [
         Killer("gateway", process("GatewayIngress"), lambda: bool(parts()), kills, 4.0),
-        Killer("ledger", process("BudgetLedger"), alive("BudgetLedger"), kills, 6.0),
+        Killer("ledger", process("LedgerActor"), alive("LedgerActor"), kills, 6.0),
         Killer("sealer", process("AuditSealer"), alive("AuditSealer"), kills, 6.0),
         *(Killer(f"engine {m}", engine(m), engine_ready(m), each, 2.0) for m in models),
     ]

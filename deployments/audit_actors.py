@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import governance.audit.seal
 from deployments.settings import Settings
 from deployments.telemetry.actors import SealerTelemetry
 from governance.audit.files import Locked
@@ -55,6 +58,10 @@ class SealerStatus:
     """Of the last round: logs that cannot be sealed."""
     faults_seen: int = 0
     """Faults over all rounds: one that lasts counts in each."""
+    identity: str = ""
+    """Roots and code that it works with; see ``identity_of``."""
+    created_us: int = 0
+    """When somebody had it made; a restart of its process does not change that."""
 
     def add(self, report: SealReport) -> None:
         """Count a round."""
@@ -146,7 +153,16 @@ class SealerLoop:
 class AuditSealer:
     """Actor around ``SealerLoop``; the loop starts with the process, so also after a restart."""
 
-    def __init__(self, state_dir: str, evidence_dir: str, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        state_dir: str,
+        evidence_dir: str,
+        interval_s: float = INTERVAL_S,
+        created_us: int = 0,
+    ) -> None:
+        # As of the start of this process: what it runs, whatever is on disk later.
+        self._identity = identity_of(state_dir, evidence_dir, interval_s)
+        self._created_us = created_us
         settings = Settings(Path(state_dir), Path(state_dir), Path(evidence_dir))
         self._loop = SealerLoop(settings, interval_s, SealerTelemetry().round_ended)
 
@@ -155,8 +171,10 @@ class AuditSealer:
         self._loop.poke()
 
     def status(self) -> SealerStatus:
-        """Counts since the process started; also tells that it runs."""
-        return self._loop.status()
+        """Counts since the process started; also tells that it runs, and on what."""
+        status = self._loop.status()
+        status.identity, status.created_us = self._identity, self._created_us
+        return status
 
     def stop(self) -> None:
         """End in order."""
@@ -172,6 +190,11 @@ def get_or_start_sealer(
 ) -> Any:
     """The sealer of a node, started if there is none. Blocks; not for an event loop.
 
+    A sealer is detached and outlives deployments. So one that has stopped, or that works with other
+    roots or other code than ours, is ended in order and replaced; but never one that was made after
+    this process started, which is how an old process and a new one do not replace each other's in
+    turn.
+
     Args:
         state_dir: State root on that node; absolute.
         evidence_dir: Evidence root as that node sees it; absolute.
@@ -185,6 +208,57 @@ def get_or_start_sealer(
     Raises:
         SealerStartError: It does not start.
     """
+    identity = identity_of(str(state_dir), str(evidence_dir), interval_s)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        handle, status = _find_or_start(state_dir, evidence_dir, node_id, namespace, interval_s)
+        if not _outdated(status, identity) or time.monotonic() > deadline:
+            return handle
+        log.warning("the sealer of this node is of an earlier deployment: it is replaced")
+        _end(handle)
+
+
+def identity_of(state_dir: str, evidence_dir: str, interval_s: float) -> str:
+    """Digest of what a sealer works with: roots, pause, and the code of the audit trail."""
+    return sha256(f"{state_dir}\0{evidence_dir}\0{interval_s}\0{_code()}".encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    digest = sha256()
+    package = Path(governance.audit.seal.__file__).parent
+    for path in sorted([*package.glob("*.py"), Path(__file__)]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _outdated(status: Any, identity: str) -> bool:
+    """Whether a sealer must be replaced. One of older code may lack the fields."""
+    if not status.running:
+        return True
+    if getattr(status, "identity", "") == identity:
+        return False
+    return bool(getattr(status, "created_us", 0) < _STARTED_US)
+
+
+def _end(handle: Any) -> None:
+    """End a sealer in order, if it can be, and free its name."""
+    try:
+        ray.get(handle.stop.remote(), timeout=_STOP_TIMEOUT_S)
+    except RayError as error:
+        log.warning("the sealer did not end in order: %s", type(error).__name__)
+    # Killed in between, it loses nothing: the next one goes on where it was.
+    ray.kill(handle, no_restart=True)
+
+
+def _find_or_start(
+    state_dir: Path | str,
+    evidence_dir: Path | str,
+    node_id: str,
+    namespace: str,
+    interval_s: float,
+) -> tuple[Any, Any]:
+    """The sealer that there is, and what it says of itself."""
     actor_class: Any = ray.remote(AuditSealer)
     handle = actor_class.options(
         name=f"{ACTOR_PREFIX}{node_id}",
@@ -195,9 +269,9 @@ def get_or_start_sealer(
         max_task_retries=-1,
         num_cpus=0,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(str(state_dir), str(evidence_dir), interval_s)
+    ).remote(str(state_dir), str(evidence_dir), interval_s, _now_us())
     try:
-        ray.get(handle.status.remote(), timeout=START_TIMEOUT_S)
+        status = ray.get(handle.status.remote(), timeout=START_TIMEOUT_S)
     except RayActorError as error:
         reason = str(error).strip().splitlines()[-1]
         raise SealerStartError(f"the sealer did not start: {reason}") from None
@@ -205,8 +279,12 @@ def get_or_start_sealer(
         raise SealerStartError(
             f"the sealer did not start within {START_TIMEOUT_S:.0f} s ({type(error).__name__})"
         ) from None
-    return handle
+    return handle, status
 
 
 def _now_us() -> int:
     return time.time_ns() // 1000
+
+
+_STARTED_US = _now_us()
+"""When this process took up this module."""

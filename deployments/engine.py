@@ -114,9 +114,11 @@ class EngineDeployment:
     def _report_costs(self) -> None:
         """Tell the ledger what the engine's work costs, from now on."""
         from deployments.ledger_actor import LedgerClient
+        from deployments.telemetry.actors import EngineTelemetry
 
+        self.telemetry = EngineTelemetry(self.model.id, self.engine.load, lambda: self.engine.dead)
         # Gateways start the ledger and start it again; an engine only looks for it.
-        self.engine.report_to(LedgerClient(None).report)
+        self.engine.report_to(LedgerClient(None).report, self.telemetry.source)
 
     def _weigh(self, cache: DigestCache) -> asyncio.Future[dict[str, str]]:
         loop = asyncio.get_running_loop()

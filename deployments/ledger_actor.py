@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,23 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deployments import __version__
 from deployments.ledger_calls import LedgerCalls, LedgerLink
 from deployments.ledger_service import LedgerService
 from deployments.settings import Settings
 from deployments.telemetry.actors import LedgerTelemetry
-from governance.budget.messages import AccountState, MeterReport, RenewReply, RenewRequest
+from governance.budget.messages import (
+    AccountState,
+    LeaseAsk,
+    LeaseState,
+    MeterReport,
+    MeterRow,
+    ModelPrice,
+    RenewReply,
+    RenewRequest,
+    Settlement,
+)
+from governance.budget.schema import SCHEMA_VERSION
 from governance.budget.store import LedgerStoreError
 from governance.errors import GatehouseError, LedgerUnavailable
 
@@ -36,13 +50,26 @@ _LOCK_WAIT_S = 10.0
 
 
 class LedgerStartError(RuntimeError):
-    """The ledger did not start; the message is for the operator."""
+    """The ledger did not start, or must not be used; the message is for the operator."""
+
+
+def _form() -> str:
+    """Digest of what messages look like."""
+    kinds: list[type] = [MeterReport, MeterRow, RenewRequest, LeaseAsk, Settlement]
+    kinds += [RenewReply, LeaseState, AccountState, ModelPrice]
+    text = ";".join(f"{k.__name__}:{','.join(f.name for f in fields(k))}" for k in kinds)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+IDENTITY = {"version": __version__, "messages": _form(), "file": str(SCHEMA_VERSION)}
+"""Of this code; a ledger of other code is not used."""
 
 
 class LedgerActor:
     """Delegates to ``LedgerService``; every method is safe to run twice, since Ray may do that."""
 
     def __init__(self, state_dir: str) -> None:
+        self._root = state_dir
         settings = Settings(Path(state_dir), Path(state_dir), Path(state_dir))
         self._service = _open(settings)
         self._telemetry: LedgerTelemetry | None = None
@@ -58,10 +85,15 @@ class LedgerActor:
         self._start()
         return os.getpid()
 
-    async def renew(self, request: RenewRequest) -> RenewReply:
+    async def identity(self) -> dict[str, str]:
+        """What code this process runs, and on which root: it may be older than its callers."""
+        self._start()
+        return {**IDENTITY, "state_root": self._root}
+
+    async def renew(self, request: RenewRequest, deadline_us: int) -> RenewReply:
         """See ``LedgerService.renew``."""
         self._start()
-        return await self._service.renew(request)
+        return await self._service.renew(request, deadline_us)
 
     async def report(self, report: MeterReport) -> None:
         """See ``LedgerService.report``."""
@@ -136,7 +168,7 @@ def get_or_start_ledger(
         Handle of an actor that has started.
 
     Raises:
-        LedgerStartError: It does not start.
+        LedgerStartError: It does not start, or another deployment's runs.
     """
     # NOTE: never left to Ray's choice: on another node the actor would find an empty store, and
     # every budget would be fresh.
@@ -156,7 +188,7 @@ def get_or_start_ledger(
         **placement,
     ).remote(str(state_dir))
     try:
-        ray.get(handle.process_id.remote(), timeout=START_TIMEOUT_S)
+        check_identity(handle, str(state_dir))
     except RayActorError as error:
         reason = str(error).strip().splitlines()[-1]
         raise LedgerStartError(f"the budget ledger did not start: {reason}") from None
@@ -166,6 +198,41 @@ def get_or_start_ledger(
             f" ({type(error).__name__})"
         ) from None
     return handle
+
+
+def check_identity(handle: Any, state_dir: str | None) -> None:
+    """Refuse a ledger that an earlier deployment left, with other code or another root.
+
+    A detached actor outlives the application that started it, and would go on charging by rules
+    that nobody reads any more, to a file that nobody looks at. Blocks.
+
+    Args:
+        handle: The actor.
+        state_dir: State root that it should have; ``None`` for those who do not know it.
+
+    Raises:
+        LedgerStartError: It must not be used.
+        RayError: It does not answer.
+    """
+    wanted = dict(IDENTITY)
+    if state_dir is not None:
+        wanted["state_root"] = state_dir
+    try:
+        call = handle.identity
+    except AttributeError:
+        found: dict[str, str] = {}  # from before it had one
+    else:
+        found = ray.get(call.remote(), timeout=START_TIMEOUT_S)
+    differs = [name for name in wanted if found.get(name) != wanted[name]]
+    if differs:
+        what = ", ".join(
+            f"{name.replace('_', ' ')} {found.get(name, 'unknown')}, not {wanted[name]}"
+            for name in differs
+        )
+        raise LedgerStartError(
+            f"the budget ledger that runs is another deployment's ({what}); it is not used."
+            f" Stop the actor {ACTOR_NAME}, or the Ray cluster, and a new one is started"
+        )
 
 
 class LedgerClient(LedgerCalls):
@@ -192,18 +259,19 @@ class LedgerClient(LedgerCalls):
         self._namespace = namespace
 
     async def _find(self) -> LedgerLink:
-        # Both ask Ray's head node and block.
-        if self._state_dir is None:
-            handle = await asyncio.to_thread(ray.get_actor, ACTOR_NAME, self._namespace)
-        else:
-            try:
-                handle = await asyncio.to_thread(
-                    get_or_start_ledger, self._state_dir, self._node_id, self._namespace
-                )
-            except LedgerStartError as error:
-                log.error("%s", error)  # callers are told only that it is not there
-                raise
-        return _RayLink(handle)
+        try:
+            # Asks Ray's head node, and blocks.
+            return _RayLink(await asyncio.to_thread(self._handle))
+        except LedgerStartError as error:
+            log.error("%s", error)  # callers are told only that it is not there
+            raise
+
+    def _handle(self) -> Any:
+        if self._state_dir is not None:
+            return get_or_start_ledger(self._state_dir, self._node_id, self._namespace)
+        handle = ray.get_actor(ACTOR_NAME, self._namespace)
+        check_identity(handle, None)
+        return handle
 
 
 class _RayLink:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from governance.budget.messages import AccountState, MeterReport, RenewReply, RenewRequest
+from governance.budget.renewals import CALL_S
 from governance.errors import GatehouseError, LedgerUnavailable
 from governance.ports import Clock
 
@@ -22,12 +23,15 @@ log = logging.getLogger("gatehouse.ledger")
 
 CALL_TIMEOUT_S = 3.0
 """How long one call may take, in seconds; finding the ledger included."""
+RENEW_TIMEOUT_S = CALL_S - 0.5
+"""The same for a renewal: ends before the lease book gives it up, so that it ends here."""
 ADMIN_TIMEOUT_S = 8.0
 """The same for an override, which waits for its record."""
 START_TIMEOUT_S = 60.0
 """How long ``ready`` waits at a time, in seconds."""
 DEADLINE_US = 15_000_000
-"""An override that reaches the ledger later than this after it was asked for is refused there."""
+"""A renewal or override that reaches the ledger later than this after it was sent is refused there:
+Ray keeps calls while the ledger is started again, and their callers have long sent others."""
 _ATTEMPTS = 5
 _PAUSE_S = 0.3
 
@@ -69,8 +73,9 @@ class LedgerCalls:
         self._finding: asyncio.Task[LedgerLink] | None = None
 
     async def renew(self, request: RenewRequest) -> RenewReply:
-        """``LedgerService.renew``; once, within ``CALL_TIMEOUT_S``."""
-        reply: RenewReply = await self._call(CALL_TIMEOUT_S, "renew", request)
+        """``LedgerService.renew``; once, within ``RENEW_TIMEOUT_S``."""
+        deadline_us = self._clock() + DEADLINE_US
+        reply: RenewReply = await self._call(RENEW_TIMEOUT_S, "renew", request, deadline_us)
         return reply
 
     async def report(self, report: MeterReport) -> None:
@@ -131,14 +136,15 @@ class LedgerCalls:
 
         Raises:
             GatehouseError: What the method raised.
-            LedgerUnavailable: No answer, for whatever reason; the link is given up.
+            LedgerUnavailable: No answer, for whatever reason; the link is given up. So it is when
+                the caller gives up sooner: nobody knows whether the ledger is still there.
         """
         link: LedgerLink | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 link = await self._connect()
                 return await link(method, *args)
-        except LedgerUnavailable:
+        except (LedgerUnavailable, asyncio.CancelledError):
             self._forget(link)
             raise
         except GatehouseError:

@@ -119,6 +119,8 @@ class LedgerService:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._configuring = asyncio.Lock()
+        self.late = 0
+        """Calls that came after their deadline, and were refused."""
         self.audit = LedgerAudit(wal_root, self._events, self._confirm, clock=clock)
         if (kept := Budgets.read(path.parent)) is not None:
             self._open(kept)
@@ -146,8 +148,19 @@ class LedgerService:
 
     # -- what gateways and engines say --------------------------------------------------------
 
-    async def renew(self, request: RenewRequest) -> RenewReply:
-        """``BudgetLedger.renew``; durable when it returns."""
+    async def renew(self, request: RenewRequest, deadline_us: int | None = None) -> RenewReply:
+        """``BudgetLedger.renew``; durable when it returns.
+
+        Args:
+            request: What the gateway says.
+            deadline_us: Not done later than this; see ``set_override``.
+
+        Raises:
+            InvalidRequest: It is not possible; nothing was changed.
+            LedgerUnavailable: It came too late, or nobody knows whether it was done.
+        """
+        if deadline_us is not None:
+            self._in_time(deadline_us)
         reply = await self._call(lambda ledger: ledger.renew(request))
         return reply if self._budgets is None else self._budgets.weighed(reply)
 
@@ -243,7 +256,11 @@ class LedgerService:
     async def stats(self) -> dict[str, int]:
         """Counters since the process started, for metrics."""
         counted = await self._call(lambda ledger: ledger.stats)
-        own = {"queued": len(self._queue), "events_waiting": self.audit.waiting}
+        own = {
+            "queued": len(self._queue),
+            "events_waiting": self.audit.waiting,
+            "late": self.late,
+        }
         return {**{name: getattr(counted, name) for name in counted.__slots__}, **own}
 
     # -- configuration ------------------------------------------------------------------------
@@ -347,5 +364,10 @@ class LedgerService:
         await self._call(lambda ledger: ledger.events_written(up_to))
 
     def _in_time(self, deadline_us: int) -> None:
-        if self._clock() > deadline_us:
+        late_us = self._clock() - deadline_us
+        if late_us > 0:
+            # After a restart there may be many; if it does not end, clocks of two machines differ.
+            if not self.late:
+                log.warning("ledger: a call came %d ms after its deadline", late_us // 1000)
+            self.late += 1
             raise LedgerUnavailable

@@ -18,6 +18,7 @@ from governance.budget.config import BudgetsConfig
 from governance.budget.leases import LeaseBook
 from governance.budget.ledger import BudgetLedger
 from governance.budget.messages import MeterReport, MeterRow, RenewReply, RenewRequest
+from governance.errors import InvalidRequest
 from governance.types import BudgetAsk, Operation
 
 Result = TypeVar("Result")
@@ -128,7 +129,10 @@ class World:
         if self.down:
             raise ConnectionError
         self.renewals += 1
-        reply = self.ledger.renew(request)
+        try:
+            reply = self.ledger.renew(request)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None  # as the service has it
         await asyncio.sleep(0.001)
         return reply
 

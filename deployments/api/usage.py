@@ -41,6 +41,8 @@ FRESH_S = 1.0
 """An answer of the ledger serves everybody who asks within this time, in seconds."""
 USABLE_S = 60.0
 """While the ledger cannot be reached, an older answer is shown for this long, in seconds."""
+MAX_OTHERS = 1_000
+"""Answers kept about accounts that are in no list."""
 MIN_OVERRIDE_S = 60
 MAX_OVERRIDE_S = 31 * 86_400
 MAX_GPU_US = 10**15
@@ -104,7 +106,8 @@ class SetOverride(AccountReference):
 class UsageApi:
     """Handlers that take an authenticated principal and a JSON object and give a JSON object.
 
-    However many ask, the ledger is asked once a second by each gateway.
+    However many ask, each gateway asks the ledger once a second for all accounts that are in use or
+    in the budgets file, and once a second for each other department that somebody asks for.
 
     Args:
         ledger: The budget ledger.
@@ -128,6 +131,9 @@ class UsageApi:
         self._asked_s = float("-inf")
         self._changes = 0
         self._asking: asyncio.Task[None] | None = None
+        self._others: dict[str, tuple[float, AccountState | None]] = {}
+        """Accounts that are in no list, or do not exist, and when the ledger was asked."""
+        self._asking_for: dict[str, asyncio.Task[AccountState | None]] = {}
 
     def routes(self) -> Iterable[tuple[str, str, Handler, bool]]:
         """(method, path, handler, takes a body), as ``AdminApi.routes``."""
@@ -194,21 +200,53 @@ class UsageApi:
 
     def _changed(self, state: AccountState) -> Json:
         self._accounts[state.account] = state
+        self._others.pop(state.account, None)
         self._changes += 1
         return account_object(state, 0)
 
     async def _shown(self, account: str) -> Json:
         await self._refresh()
-        if (state := self._accounts.get(account)) is None:
-            # Nobody has used it yet, so it is in no list; but there may be a default for it.
-            states = await self._ledger.state(account)
-            if not states:
-                raise ObjectNotFound("There is no such budget account.")
-            return account_object(states[0], 0)
-        return account_object(state, self._age_ms())
+        if (state := self._accounts.get(account)) is not None:
+            return account_object(state, self._age_ms())
+        # Nobody has used it yet, so it is in no list; but there may be a default for it.
+        asked_s, state = await self._other(account)
+        if state is None:
+            raise ObjectNotFound("There is no such budget account.")
+        return account_object(state, self._since_ms(asked_s))
 
     def _age_ms(self) -> int:
-        return int((self._monotonic() - self._asked_s) * 1000)
+        return self._since_ms(self._asked_s)
+
+    def _since_ms(self, asked_s: float) -> int:
+        return int((self._monotonic() - asked_s) * 1000)
+
+    async def _other(self, account: str) -> tuple[float, AccountState | None]:
+        """An account that is in no list, and when the ledger was asked; one call for all."""
+        known = self._others.get(account)
+        if known is not None and self._monotonic() - known[0] < FRESH_S:
+            return known
+        asked_s = self._monotonic()
+        if (asking := self._asking_for.get(account)) is None:
+            asking = asyncio.create_task(self._ask_for(account), name="budget-account")
+            self._asking_for[account] = asking
+        try:
+            return asked_s, await asyncio.shield(asking)
+        except LedgerUnavailable:
+            if known is None or self._monotonic() - known[0] > USABLE_S:
+                raise
+            return known
+
+    async def _ask_for(self, account: str) -> AccountState | None:
+        asked_s, changes = self._monotonic(), self._changes
+        try:
+            state = next(iter(await self._ledger.state(account)), None)
+        finally:
+            del self._asking_for[account]
+        if changes == self._changes:  # else the answer may be from before it
+            if len(self._others) >= MAX_OTHERS:
+                self._others.clear()
+            self._others[account] = asked_s, state
+        return state
 
     async def _refresh(self) -> None:
         """Ask the ledger unless it was just asked; one call for all who wait.

@@ -27,6 +27,11 @@ log = logging.getLogger("gatehouse.metering")
 FINAL_TIMEOUT_S = 0.25
 GRACE_S = 5.0
 """After an exchange is over, time for the core to say that its requests have ended."""
+GRACE_STEPS = 3
+"""Steps that the core must have ended in that time: what was aborted pays for the one under way,
+which may take longer than any number of seconds that could stand here."""
+LONGEST_S = 120.0
+"""Time after which a core that neither steps nor ends is not waited for."""
 MAX_EXCHANGES = 20_000
 """Exchanges kept, over and not reported yet ones included (some 20 MB); beyond that the oldest that
 are over are given up."""
@@ -46,6 +51,7 @@ class MeteredExchange:
         "base_model",
         "changed",
         "closed_at_s",
+        "closed_at_step",
         "decode_ns",
         "delivered",
         "ended_requests",
@@ -77,6 +83,8 @@ class MeteredExchange:
         """The final figure was handed to the gateway's connection."""
         self.closed_at_s: float | None = None
         """When the exchange was over, monotonic; nothing is submitted any more."""
+        self.closed_at_step = 0
+        """Steps that the core had ended then, as far as it had told."""
         self.changed = True
         """Differs from what was last reported."""
         self.prefill_ns = 0
@@ -130,7 +138,9 @@ class MeteredExchange:
         """The exchange is over, in whatever way."""
         if self.closed_at_s is None:
             self.closed_at_s = time.monotonic()
+            self.closed_at_step = self._collector.totals.steps
             self.changed = True
+            self._collector.ended(self)
             if not self.submitted:
                 self._collector.forget(self)  # refused before it cost anything
             elif not self.finished:
@@ -139,6 +149,7 @@ class MeteredExchange:
     def deliver(self) -> None:
         """FINISHED was handed to the transport."""
         self.delivered = self.changed = True
+        self._collector.ended(self)
 
     def take(self, core: bytes, row: Row) -> None:
         """A figure of the core; an old one changes nothing."""
@@ -165,9 +176,13 @@ class MeteredExchange:
 
     def over(self, now_s: float) -> bool:
         """Whether no figure changes any more."""
-        return self.closed_at_s is not None and (
-            self.complete or self._collector.dead or now_s - self.closed_at_s > GRACE_S
-        )
+        if self.closed_at_s is None:
+            return False
+        if self.complete or self._collector.dead:
+            return True
+        waited_s = now_s - self.closed_at_s
+        stepped = self._collector.totals.steps - self.closed_at_step
+        return waited_s > LONGEST_S or (waited_s > GRACE_S and stepped >= GRACE_STEPS)
 
     def row(self, now_s: float) -> MeterRow:
         """What the ledger is told."""
@@ -217,6 +232,10 @@ class MeterCollector:
         self._keys = 0
         self._heard_at_s: float | None = None
         self._by_ticket: dict[bytes, MeteredExchange] = {}
+        self._settling: dict[int, MeteredExchange] = {}
+        """Those that are over and whose gateway has the figure, oldest first."""
+        self._owing: dict[int, MeteredExchange] = {}
+        """The others that are over, oldest first."""
         self._directory = Path(tempfile.mkdtemp(prefix="gatehouse-meter-"))
         self.path = str(self._directory / "socket")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -259,8 +278,20 @@ class MeterCollector:
     def forget(self, exchange: MeteredExchange) -> None:
         """Nothing more is to be said of it."""
         self.exchanges.pop(exchange.key, None)
+        self._settling.pop(exchange.key, None)
+        self._owing.pop(exchange.key, None)
         if self._by_ticket.get(exchange.ticket.ticket_id) is exchange:
             del self._by_ticket[exchange.ticket.ticket_id]
+
+    def ended(self, exchange: MeteredExchange) -> None:
+        """An exchange is over, or its gateway was given the figure."""
+        if exchange.closed_at_s is None or exchange.key not in self.exchanges:
+            return
+        if exchange.delivered:
+            self._owing.pop(exchange.key, None)
+            self._settling[exchange.key] = exchange
+        else:
+            self._owing[exchange.key] = exchange
 
     def left(self, exchange: MeteredExchange) -> None:
         """An exchange ended without its gateway being told the figure."""
@@ -269,14 +300,11 @@ class MeterCollector:
 
     def _give_up(self) -> None:
         """Forget one that is over: best one whose gateway has the figure and settles with it."""
-        over = (x for x in self.exchanges.values() if x.closed_at_s is not None)
-        oldest = next(over, None)
-        victim = oldest
-        if oldest is not None and not oldest.delivered:
-            victim = next((x for x in over if x.delivered), oldest)
-        if victim is not None:
-            self.given_up += 1
-            self.forget(victim)
+        for over in (self._settling, self._owing):
+            if over:
+                self.given_up += 1
+                self.forget(next(iter(over.values())))
+                return
 
     # -- figures ------------------------------------------------------------------------------
 

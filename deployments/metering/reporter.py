@@ -4,6 +4,10 @@ Every half second what has changed; at least every two seconds that the replica 
 when a request ended whose gateway was not given the figure. Figures are cumulative, so a report
 that may or may not have arrived is simply followed by a newer one. A row is told until a report
 with it has been taken, and forgotten when that row was its last.
+
+A report that the ledger *rejects* would be rejected for ever: it is told again in halves. A row
+that is rejected alone, while a report without rows is taken, is given up, with an error in the log:
+what its gateway settles is charged.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Protocol
 
 from deployments.metering.collector import MeterCollector, MeteredExchange
 from governance.budget.messages import MeterReport, MeterRow
+from governance.errors import GatehouseError, LedgerUnavailable
 
 log = logging.getLogger("gatehouse.metering")
 
@@ -26,6 +31,7 @@ SEND_TIMEOUT_S = 5.0
 MAX_ROWS = 2048
 """Rows of one report; the rest follows at once."""
 
+Told = list[tuple[MeteredExchange, MeterRow]]
 Send = Callable[[MeterReport], Awaitable[None]]
 
 
@@ -39,6 +45,11 @@ class Watcher(Protocol):
     def not_taken(self, failures: int) -> None:
         """So many reports so far were not taken."""
         ...
+
+
+def _rejected(error: Exception) -> bool:
+    """Whether the ledger looked at a report and will never take it."""
+    return isinstance(error, GatehouseError) and not isinstance(error, LedgerUnavailable)
 
 
 class MeterReporter:
@@ -70,6 +81,8 @@ class MeterReporter:
         self.seq = 0
         self.failures = 0
         """Reports that the ledger did not take."""
+        self.given_up = 0
+        """Rows that it will never take."""
         self._collector = collector
         self._send = send
         self._replica_id = replica_id
@@ -81,6 +94,10 @@ class MeterReporter:
         self._told: tuple[int, int, int, bool] | None = None
         self._wake = asyncio.Event()
         self._failing = False
+        self._skipped: dict[int, MeteredExchange] = {}
+        """Exchanges that run on, of which the ledger takes no rows."""
+        self._most = MAX_ROWS
+        """Rows of the next report at most."""
         self._task: asyncio.Task[None] | None = None
         collector.on_left = self._wake.set
 
@@ -97,15 +114,15 @@ class MeterReporter:
         self._collector.drain()
         await self.report(force=True)
 
-    def build(self) -> tuple[MeterReport, list[tuple[MeteredExchange, MeterRow]]]:
-        """The next report, with the exchanges behind its rows."""
+    def build(self, most: int = MAX_ROWS) -> tuple[MeterReport, Told]:
+        """The next report of so many rows at most, with the exchanges behind them."""
         collector, now_s = self._collector, self._monotonic()
         totals = collector.totals
-        told: list[tuple[MeteredExchange, MeterRow]] = []
+        told: Told = []
         for exchange in collector.exchanges.values():
-            if len(told) == MAX_ROWS:
+            if len(told) == most:
                 break
-            if exchange.submitted and (exchange.changed or exchange.over(time.monotonic())):
+            if self._due(exchange, time.monotonic()):
                 told.append((exchange, exchange.row(time.monotonic())))
                 exchange.changed = False
         self.seq += 1
@@ -139,38 +156,67 @@ class MeterReporter:
             state = (totals.busy_ns, totals.unattributed_ns, totals.running, collector.dead)
             due = self._monotonic() - self._told_at_s >= HEARTBEAT_S
             now_s = time.monotonic()
-            pending = any(
-                exchange.submitted and (exchange.changed or exchange.over(now_s))
-                for exchange in collector.exchanges.values()
-            )
+            for exchange in [x for x in self._skipped.values() if x.over(now_s)]:
+                del self._skipped[exchange.key]
+                collector.forget(exchange)
+            pending = any(self._due(x, now_s) for x in collector.exchanges.values())
             if not (force or due or pending or state != self._told):
                 return True
             force = False
-            report, told = self.build()
-            if self._watcher is not None:
-                self._watcher.metered(report)
-            try:
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._send(report)
-            except BaseException as error:
-                for exchange, _ in told:
-                    exchange.changed = True
-                self.failures += 1
-                if self._watcher is not None:
-                    self._watcher.not_taken(self.failures)
-                if not isinstance(error, Exception):
-                    raise
-                if not self._failing:
-                    log.warning("the ledger takes no meter report: %s", type(error).__name__)
-                self._failing = True
+            most = self._most
+            report, told = self.build(most)
+            error = await self._tell(report, told)
+            if error is None:
+                self._told_at_s, self._told = self._monotonic(), state
+                self._most = min(most * 2, MAX_ROWS)
+                if len(told) < most:
+                    return True
+            elif not told or not _rejected(error) or not await self._narrow(told):
                 return False
-            self._failing = False
-            self._told_at_s, self._told = self._monotonic(), state
-            for exchange, row in told:
-                if row.ended and not exchange.changed:
-                    collector.forget(exchange)
-            if len(told) < MAX_ROWS:
-                return True
+
+    async def _tell(self, report: MeterReport, told: Told) -> Exception | None:
+        """Send a report; gives why it was not taken."""
+        if self._watcher is not None:
+            self._watcher.metered(report)
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._send(report)
+        except BaseException as error:
+            for exchange, _ in told:
+                exchange.changed = True
+            self.failures += 1
+            if self._watcher is not None:
+                self._watcher.not_taken(self.failures)
+            if not isinstance(error, Exception):
+                raise
+            if not self._failing:
+                log.warning("the ledger takes no meter report: %s", type(error).__name__)
+            self._failing = True
+            return error
+        self._failing = False
+        for exchange, row in told:
+            if row.ended and not exchange.changed:
+                self._collector.forget(exchange)
+        return None
+
+    async def _narrow(self, told: Told) -> bool:
+        """Rows were rejected: tell fewer at a time, or give the one up; whether to go on."""
+        self._most = max(len(told) // 2, 1)
+        if len(told) > 1:
+            return True
+        if await self._tell(self.build(0)[0], []) is not None:
+            return False  # it is not the row
+        ((exchange, row),) = told
+        self.given_up += 1
+        log.error("the ledger does not take the row of %s: given up", row.reservation_id)
+        self._skipped[exchange.key] = exchange  # its gateway is told on, from the same figures
+        return True
+
+    def _due(self, exchange: MeteredExchange, now_s: float) -> bool:
+        """Whether there is something to tell of an exchange."""
+        if not exchange.submitted or exchange.key in self._skipped:
+            return False
+        return exchange.changed or exchange.over(now_s)
 
     async def _run(self) -> None:
         while True:

@@ -8,20 +8,30 @@ keeps its leaf in the tree, and its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from governance.audit.arrow import content_table, to_table
-from governance.audit.canonical import parse
+from governance.audit.arrow import content_table, table_of
+from governance.audit.canonical import parse_ordered
 from governance.audit.content import Cell, unpack_cell
 from governance.audit.frames import FrameType
 from governance.audit.record import MAX_TS_US, check_record
+from governance.audit.schema import CANONICAL, EventType
 from governance.audit.segments import Segment, WalFault
 from governance.audit.ulid import ULID
 
 _MAX_PART = 2**31 - 1
+
+Row = tuple[Any, ...]
+"""Values of a record: a sixth of the memory of a dictionary with 88 keys."""
+_TYPE, _ID, _PARENT, _SEQ, _PARTS, _FINDINGS = (
+    CANONICAL.index(name)
+    for name in (
+        "event_type", "event_id", "parent_event_id", "writer_seq", "parts", "findings"
+    )
+)  # fmt: skip
 
 
 class SegmentFault(RuntimeError):
@@ -53,13 +63,26 @@ class Batch:
     last_leaf: str
     leaves: list[bytes] = field(default_factory=list)
     """Of all records in the order of the chain, those in quarantine included."""
-    records: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """Of each record that fits, its values in the order of ``CANONICAL``."""
     cells: list[Cell] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     table: Any = None
     """The records as Arrow."""
     content: Any = None
     """The cells as Arrow."""
+
+    def ended(self, *types: EventType) -> set[str]:
+        """The decideds whose end, of one of the types, stands here."""
+        return {
+            row[_PARENT] for row in self.rows if row[_TYPE] in types and row[_PARENT] is not None
+        }
+
+    def decided(self, without: Container[str]) -> Iterator[dict[str, Any]]:
+        """The ``inference.decided``, but for those with the given ids."""
+        for row in self.rows:
+            if row[_TYPE] == EventType.DECIDED and row[_ID] not in without:
+                yield dict(zip(CANONICAL, row, strict=True))
 
 
 def check_segment(segment: Segment, seq: int, leaf: str) -> Batch:
@@ -78,7 +101,7 @@ def check_segment(segment: Segment, seq: int, leaf: str) -> Batch:
     if header.first_seq != seq + 1 or header.prev_hash != leaf:
         raise _fault(segment, "does not continue the chain: records are missing before it")
     batch = Batch(first_seq=seq + 1, prev_leaf=leaf, last_seq=seq, last_leaf=leaf)
-    good: list[tuple[bytes, bytes, dict[str, Any]]] = []
+    good: list[tuple[bytes, bytes, Row]] = []
     for kind, payload in segment.frames:
         if kind is FrameType.CELL:
             _take_cell(batch, payload)
@@ -110,18 +133,17 @@ def _take_record(
     segment: Segment,
     batch: Batch,
     payload: bytes,
-    good: list[tuple[bytes, bytes, dict[str, Any]]],
+    good: list[tuple[bytes, bytes, Row]],
 ) -> None:
     seq = batch.last_seq + 1
+    leaf = sha256(b"\0" + payload).digest()
     try:
-        record = parse(payload)
-        leaf = bytes.fromhex(record["leaf_hash"])
+        record = parse_ordered(payload)
     except ValueError as error:
-        leaf = sha256(b"\0" + payload).digest()
         batch.quarantine.append(Quarantined("record", str(error), payload, seq, leaf))
     else:
         _check_place(segment, batch, record)
-        good.append((payload, leaf, record))
+        good.append((payload, leaf, tuple(record.values())))
     batch.leaves.append(leaf)
     batch.last_seq, batch.last_leaf = seq, leaf.hex()
 
@@ -137,41 +159,37 @@ def _check_place(segment: Segment, batch: Batch, record: Mapping[str, Any]) -> N
         raise _fault(segment, f"record {batch.last_seq + 1} is another writer's")
 
 
-def _fill_tables(batch: Batch, good: list[tuple[bytes, bytes, dict[str, Any]]]) -> None:
-    nested = any(record["parts"] or record["findings"] for _p, _l, record in good)
+def _fill_tables(batch: Batch, good: list[tuple[bytes, bytes, Row]]) -> None:
+    good = [item for item in good if not _nested(item[2]) or _fits(batch, item)]
     try:
-        if nested:  # Arrow fills in what a struct leaves out; the check does not.
-            raise ValueError
         batch.table = _table(good)
     except ValueError:
-        good = _sort_out(batch, good)
+        good = [item for item in good if _fits(batch, item)]
         batch.table = _table(good)
-    batch.records = [record for _p, _l, record in good]
+    batch.quarantine.sort(key=lambda item: item.seq or 0)
+    batch.rows = [row for _p, _l, row in good]
     batch.content = content_table(batch.cells)
 
 
-def _table(good: list[tuple[bytes, bytes, dict[str, Any]]]) -> Any:
-    return to_table([p for p, _l, _r in good], [leaf for _p, leaf, _r in good])
+def _nested(row: Row) -> bool:
+    """Whether it has structs: Arrow fills in what a struct leaves out, the check does not."""
+    return bool(row[_PARTS] or row[_FINDINGS])
 
 
-def _sort_out(
-    batch: Batch, good: list[tuple[bytes, bytes, dict[str, Any]]]
-) -> list[tuple[bytes, bytes, dict[str, Any]]]:
-    """Put what does not fit into quarantine; gives the rest."""
-    rest = []
-    for payload, leaf, record in good:
-        try:
-            check_record(record)
-            to_table(
-                [payload], [leaf]
-            )  # Whatever Arrow refuses beyond that must not stop the rest.
-        except ValueError as error:
-            batch.quarantine.append(
-                Quarantined("record", str(error), payload, record["writer_seq"], leaf)
-            )
-        else:
-            rest.append((payload, leaf, record))
-    return rest
+def _table(good: list[tuple[bytes, bytes, Row]]) -> Any:
+    return table_of([row for _p, _l, row in good], [leaf for _p, leaf, _r in good])
+
+
+def _fits(batch: Batch, item: tuple[bytes, bytes, Row]) -> bool:
+    """Check one record by itself; what does not fit goes into quarantine."""
+    payload, leaf, row = item
+    try:
+        check_record(dict(zip(CANONICAL, row, strict=True)))
+        table_of([row], [leaf])  # Whatever Arrow refuses beyond must not stop the rest.
+    except ValueError as error:
+        batch.quarantine.append(Quarantined("record", str(error), payload, row[_SEQ], leaf))
+        return False
+    return True
 
 
 def _fault(segment: Segment, reason: str) -> SegmentFault:

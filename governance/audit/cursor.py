@@ -123,10 +123,23 @@ def _ended_only(record: dict[str, Any]) -> str | None:
 def _manifests(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         data = path.read_bytes()
-        try:
-            yield data, orjson.loads(data)
-        except ValueError:
-            raise CursorError(f"{path}: damaged") from None
+        if not _is_manifest(data):
+            raise CursorError(f"{path}: damaged, or no manifest; restore it from a backup")
+        yield data, orjson.loads(data)
+
+
+def _is_manifest(data: bytes) -> bool:
+    """Whether it has what a cursor is made of."""
+    try:
+        manifest = orjson.loads(data)
+        files = manifest["files"]
+        return (
+            all(type(manifest[name]) is int for name in ("epoch", "segment", "last_seq"))
+            and type(manifest["last_leaf"]) is str
+            and all(type(file["kind"]) is type(file["path"]) is str for file in files)
+        )
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _records(evidence_root: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:

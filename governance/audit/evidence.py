@@ -183,12 +183,13 @@ def _by_day(table: Any) -> list[tuple[str, Any]]:
     if table.num_rows == 0:
         return []
     days = pc.divide(table.column("ts_us"), _DAY_US)
+    found = sorted(days.unique().to_pylist())
     return [
         (
             datetime.fromtimestamp(day * 86_400, UTC).strftime("%Y-%m-%d"),
-            table.filter(pc.equal(days, day)),
+            table if len(found) == 1 else table.filter(pc.equal(days, day)),
         )
-        for day in sorted(days.unique().to_pylist())
+        for day in found
     ]
 
 
@@ -218,14 +219,21 @@ def _parquet(table: Any, *, raw: bool = False) -> bytes:
         else "zstd",
         compression_level=dict.fromkeys(_others(table), 3) if raw else 3,
         use_dictionary=[name for name in table.column_names if name not in _UNIQUE],
+        write_statistics=[name for name in table.column_names if name in _SOUGHT],
     )
     return buffer.getvalue()
 
 
 _UNIQUE: Final = frozenset(
-    ("ciphertext", "nonce", "commit", "leaf_hash", "prev_hash", "prompt_commit", "response_commit")
-)
-"""Columns whose values never repeat: a dictionary of them only costs."""
+    ("ciphertext", "nonce", "commit", "leaf_hash", "prev_hash", "prompt_commit", "response_commit",
+     "event_id", "request_id", "decision_id", "trace_id", "parent_event_id", "writer_seq")
+)  # fmt: skip
+"""Columns whose values hardly repeat: a dictionary of them only costs."""
+_SOUGHT: Final = frozenset(
+    ("ts_us", "ts_end_us", "writer_seq", "writer_id", "department", "event_type", "event_id",
+     "request_id", "subject_key", "outcome", "budget_account")
+)  # fmt: skip
+"""Columns that queries select rows by: least and greatest of them help to skip row groups."""
 
 
 def _others(table: Any) -> list[str]:

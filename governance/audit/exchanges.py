@@ -28,6 +28,9 @@ _COPIED: Final = (
     "reserved_us",
 )
 
+ENDS: Final = (EventType.COMPLETED, EventType.ABORTED)
+"""Types of the records that end a decided request."""
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -78,7 +81,7 @@ class OpenExchanges:
 
 def ends(record: Mapping[str, Any]) -> bool:
     """Whether a record is the end of the request that its ``parent_event_id`` names."""
-    return record["event_type"] in (EventType.COMPLETED, EventType.ABORTED)
+    return record["event_type"] in ENDS
 
 
 def aborted_event(event_id: str, exchange: Exchange, now_us: int) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class FrameType(IntEnum):
 
 
 _TYPE_CRC: Final = {kind: crc32(bytes([kind])) for kind in FrameType}
+_TYPES: Final = {int(kind): (kind, crc) for kind, crc in _TYPE_CRC.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,13 @@ def read_frame(data: bytes, offset: int) -> tuple[FrameType, bytes, int] | None:
         return None
     length, crc, kind = _FRAME.unpack_from(data, offset)
     end = start + length
-    if length > MAX_PAYLOAD_BYTES or end > len(data) or kind not in _TYPE_CRC:
+    found = _TYPES.get(kind)
+    if length > MAX_PAYLOAD_BYTES or end > len(data) or found is None:
         return None
     payload = data[start:end]
-    if crc32(payload, _TYPE_CRC[kind]) != crc:
+    if crc32(payload, found[1]) != crc:
         return None
-    return FrameType(kind), payload, end
+    return found[0], payload, end
 
 
 def read_group(payload: bytes, segment_id: bytes) -> tuple[int, int] | None:

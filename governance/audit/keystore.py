@@ -12,7 +12,11 @@ key service implements as well; ``FileKeystore`` keeps both kinds in files:
 H is SHA-256 over the length-prefixed texts, in hex. Files appear whole, synced and under a name
 that was free (``link``), before the first cell uses the key: of two processes that make the same
 key at once, both use the one that was first. Folders are 0700 and files 0600, owned by the user
-that runs this; anything else is refused, and so are links. To destroy a key, delete both names.
+that runs this; anything else is refused, and so are links.
+
+To destroy a key, delete both names, that under ``dek`` first. Processes that have it in memory look
+for the file again after ``TRUST_S``: from then on the scope has a new key. An answer under way is
+finished with the key that it began with.
 
 A file keystore protects content against who gets at the evidence, not against who gets at the
 state root: KEK and wrapped DEK lie side by side there.
@@ -25,6 +29,7 @@ import secrets
 import stat
 import struct
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +48,8 @@ from governance.audit.ulid import ULID, new_ulid
 from governance.ports import Clock
 
 _KEY_BYTES: Final = 32
+TRUST_S: Final = 3.0
+"""How long a key in memory is used before its file is looked at again."""
 _PREFIX: Final = "dek_"
 _CACHED_KEYS: Final = 4096
 _MAX_FILE_BYTES: Final = 4096
@@ -84,11 +91,22 @@ class DataKey:
     cipher: AESGCM = field(repr=False)
 
 
+@dataclass(slots=True)
+class _Held:
+    """A key in memory."""
+
+    key: DataKey
+    file: tuple[int, int]
+    """Device and inode of its file."""
+    seen_s: float
+    """When the file was last seen to be there."""
+
+
 class Keystore(Protocol):
     """Where data keys come from. Safe to use from several threads."""
 
     def cached(self, scope: KeyScope) -> DataKey | None:
-        """The scope's key, if it is at hand; never waits."""
+        """The scope's key, if it is at hand and known not to be destroyed; never waits."""
         ...
 
     def data_key(self, scope: KeyScope) -> DataKey:
@@ -116,6 +134,7 @@ class FileKeystore:
         clock: Wall clock, microseconds; for ids.
         files: File operations.
         random_bytes: Source of keys and ids.
+        monotonic: Seconds that never go back.
 
     Raises:
         KeystoreError: The folder is open to others.
@@ -128,24 +147,27 @@ class FileKeystore:
         clock: Clock,
         files: Files | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._monotonic = monotonic
         self._root = root
         self._clock = clock
         self._files = files or Files()
         self._random_bytes = random_bytes
         self._guard = threading.Lock()
         self._making = threading.Lock()
-        self._keys: OrderedDict[KeyScope, DataKey] = OrderedDict()
+        self._keys: OrderedDict[KeyScope, _Held] = OrderedDict()
         for folder in (root, root / "kek", root / "dek", root / "id"):
             self._folder(folder)
 
     def cached(self, scope: KeyScope) -> DataKey | None:
-        """The scope's key, if it is in memory."""
+        """The scope's key, if it is in memory and its file was there ``TRUST_S`` ago or later."""
         with self._guard:
-            key = self._keys.get(scope)
-            if key is not None:
-                self._keys.move_to_end(scope)
-            return key
+            held = self._keys.get(scope)
+            if held is None or self._monotonic() - held.seen_s > TRUST_S:
+                return None
+            self._keys.move_to_end(scope)
+            return held.key
 
     def data_key(self, scope: KeyScope) -> DataKey:
         """The scope's key: from memory, from its file, or new.
@@ -155,13 +177,36 @@ class FileKeystore:
         """
         with self._making:
             key = self.cached(scope)
-            if key is None:
-                key = self._load_or_make(scope)
-                with self._guard:
-                    self._keys[scope] = key
-                    while len(self._keys) > _CACHED_KEYS:
-                        self._keys.popitem(last=False)
+            if key is not None:
+                return key
+            with self._guard:
+                held = self._keys.get(scope)
+            seen_s = self._monotonic()
+            if held is not None and held.file == self._present(scope):
+                held.seen_s = seen_s
+                return held.key
+            with self._guard:
+                self._keys.pop(scope, None)
+            key, file = self._load_or_make(scope)
+            with self._guard:
+                self._keys[scope] = _Held(key, file, seen_s)
+                while len(self._keys) > _CACHED_KEYS:
+                    self._keys.popitem(last=False)
             return key
+
+    def _path(self, scope: KeyScope) -> Path:
+        name = _digest(scope.department, scope.subject, scope.month)
+        return self._root / "dek" / scope.month / name
+
+    def _present(self, scope: KeyScope) -> tuple[int, int] | None:
+        """Device and inode of a scope's file; ``None`` if there is none."""
+        path = self._path(scope)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+        _check(path, status, folder=False)
+        return status.st_dev, status.st_ino
 
     def by_id(self, dek_id: str) -> DataKey:
         """The key that a cell names.
@@ -183,23 +228,23 @@ class FileKeystore:
 
     # -- data keys ----------------------------------------------------------------------------
 
-    def _load_or_make(self, scope: KeyScope) -> DataKey:
-        folder = self._root / "dek" / scope.month
-        path = folder / _digest(scope.department, scope.subject, scope.month)
+    def _load_or_make(self, scope: KeyScope) -> tuple[DataKey, tuple[int, int]]:
+        path = self._path(scope)
         try:
-            self._folder(folder)
+            self._folder(path.parent)
             data = self._read(path)
             if data is None:
                 self._make(scope, path)
                 data = self._read(path)
+            file = self._present(scope)
         except OSError as error:
             raise KeystoreError(f"{path}: {error.strerror}") from error
-        if data is None:
+        if data is None or file is None:
             raise KeystoreError(f"{path}: vanished as it was made")
         key, found = self._unwrap(path, data)
         if found != scope:
             raise KeystoreError(f"{path}: holds the key of another scope; restore it")
-        return key
+        return key, file
 
     def _make(self, scope: KeyScope, path: Path) -> None:
         dek_id = _PREFIX + new_ulid(self._clock(), self._random_bytes)

@@ -12,21 +12,15 @@ def merkle_root(leaves: Iterable[bytes]) -> bytes:
     Args:
         leaves: Leaf hashes, 32 bytes each: SHA-256 of a zero byte and the record.
     """
-    # Roots of perfect subtrees, as the bits of the count say: the largest first.
-    stack: list[tuple[int, bytes]] = []
-    for leaf in leaves:
-        size, node = 1, leaf
-        while stack and stack[-1][0] == size:
-            node = _node(stack.pop()[1], node)
-            size *= 2
-        stack.append((size, node))
-    if not stack:
+    # Level by level. A last node without a partner moves up as it is, which gives the same root as
+    # splitting at the largest power of two.
+    nodes = list(leaves)
+    if not nodes:
         return sha256().digest()
-    root = stack.pop()[1]
-    while stack:
-        root = _node(stack.pop()[1], root)
-    return root
-
-
-def _node(left: bytes, right: bytes) -> bytes:
-    return sha256(b"\x01" + left + right).digest()
+    while len(nodes) > 1:
+        pairs = zip(nodes[::2], nodes[1::2], strict=False)
+        level = [sha256(b"\x01" + left + right).digest() for left, right in pairs]
+        if len(nodes) % 2:
+            level.append(nodes[-1])
+        nodes = level
+    return nodes[0]

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow import fs
 
-from governance.audit.arrow import SCHEMA, records_of, to_table
-from governance.audit.canonical import encode
+from governance.audit.arrow import SCHEMA, records_of, table_of
+from governance.audit.schema import CANONICAL, COLUMNS
 from governance.audit.segments import read_records
 
 Rows = Iterable[dict[str, Any]]
@@ -124,8 +124,10 @@ def unsealed_table(rows: Rows, on_fault: OnFault) -> pa.Table:
 
 
 def _table(records: list[dict[str, Any]]) -> pa.Table:
-    payloads = [encode({k: v for k, v in r.items() if k != "leaf_hash"}) for r in records]
-    return to_table(payloads, [bytes.fromhex(record["leaf_hash"]) for record in records])
+    if any(len(record) != len(COLUMNS) for record in records):
+        raise ValueError("columns that the schema does not have")
+    rows = [tuple([record[name] for name in CANONICAL]) for record in records]
+    return table_of(rows, [bytes.fromhex(record["leaf_hash"]) for record in records])
 
 
 def _tables_one_by_one(records: list[dict[str, Any]], on_fault: OnFault) -> Iterator[pa.Table]:

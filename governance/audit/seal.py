@@ -35,7 +35,7 @@ from governance.audit.batch import Batch, SegmentFault, check_segment
 from governance.audit.canonical import NO_HASH
 from governance.audit.cursor import CURSOR_NAME, Cursor, CursorError, rebuild
 from governance.audit.evidence import check_sealed, publish_evidence
-from governance.audit.exchanges import aborted_event, ends
+from governance.audit.exchanges import ENDS, aborted_event
 from governance.audit.files import Files, Locked, is_temporary, take_lock
 from governance.audit.schema import EventType
 from governance.audit.segments import (
@@ -51,6 +51,7 @@ from governance.audit.wal import EPOCH_NAME, LOCK_NAME
 from governance.audit.writer import AuditWriter, WalOptions
 from governance.errors import AuditUnavailable
 from governance.ports import Clock
+from governance.tracebacks import without_messages
 
 log = logging.getLogger("gatehouse.audit")
 
@@ -145,6 +146,13 @@ class Sealer:
             except (CursorError, OSError, AuditUnavailable) as error:
                 # The type and our own text; an OSError names a path of ours.
                 self._faulty(report, WalFault(str(folder), 0, f"{type(error).__name__}: {error}"))
+            except Exception as error:
+                # Nobody thought of it, so its text may hold anything. What is on disk counts.
+                self._cursors.pop(folder.name, None)
+                fault = WalFault(str(folder), 0, f"unexpected: {type(error).__name__}")
+                if (fault.path, fault.reason) not in self._known:
+                    log.error("not sealed: %s\n%s", folder, without_messages(error))
+                self._faulty(report, fault)
         self._known = {(fault.path, fault.reason) for fault in report.faults}
         return report
 
@@ -266,24 +274,19 @@ class Sealer:
         cursor.epoch, cursor.number = header.epoch, header.number
         cursor.seq, cursor.leaf = batch.last_seq, batch.last_leaf
         # Cells of a request stand before its end, and behind its decided but for the input.
-        for record in batch.records:
-            if record["event_type"] == EventType.DECIDED:
-                cursor.open.record(record)
+        ended = batch.ended(*ENDS)
+        for record in batch.decided(without=ended):
+            cursor.open.record(record)
         for cell in batch.cells:
             cursor.open.cell(cell)
-        for record in batch.records:
-            if ends(record):
-                cursor.open.record(record)
+        for event_id in ended:
+            cursor.open.by_id.pop(event_id, None)
         self._strike(batch)
         cursor.save(folder, self._files)
 
     def _strike(self, batch: Batch) -> None:
         """Strike decideds whose ``aborted`` is evidence now from the cursors of their writers."""
-        ended = {
-            record["parent_event_id"]
-            for record in batch.records
-            if record["event_type"] == EventType.ABORTED
-        }
+        ended = batch.ended(EventType.ABORTED)
         if not ended:
             return
         for folder in self._folders():

@@ -7,7 +7,14 @@ The statement is parsed by DuckDB itself, never by patterns, and its syntax tree
    ``INSERT``, a ``DELETE`` or a ``COPY ... TO`` a file, and the statement is still a SELECT;
 3. every table has a plain name, because DuckDB takes other names for files; and every table
    function is on a list. Those that read files, and those that take SQL as text or addresses in
-   memory (``query``, ``json_execute_serialized_sql``, ``arrow_scan``), are not.
+   memory (``query``, ``json_execute_serialized_sql``, ``arrow_scan``), are not;
+4. no function that makes a value of any length out of a few characters (``repeat``, ``lpad``,
+   ``range`` as a list), that writes to DuckDB's log, or that tells of the process.
+
+**What is bounded.** Time is (``time_limit``), and callers bound rows. Memory is bounded on a best
+effort: DuckDB counts what its operators hold against ``memory_limit``, and not a single value while
+a function makes it. Rule 4 takes the short ways to such a value and not every way there is, so give
+this to people who may read the trail, and run it where being killed harms nothing.
 
 This is the second of two locks. The first is the connection (``governance.audit.query.connect``),
 which has no access to files at all; either alone is meant to hold.
@@ -32,6 +39,30 @@ _QUERY_NODES: Final = frozenset(
 )
 _TABLE_FUNCTIONS: Final = frozenset(
     {"generate_series", "incident", "json_each", "json_tree", "range", "repeat", "unnest"}
+)
+_FUNCTIONS_DENIED: Final = frozenset(
+    {
+        # Length by a number, whatever the memory limit.
+        "array_resize",
+        "bar",
+        "bitstring",
+        "format",
+        "generate_series",
+        "list_resize",
+        "lpad",
+        "printf",
+        "range",
+        "repeat",
+        "rpad",
+        # Effects, and what is none of the trail.
+        "currval",
+        "getenv",
+        "getvariable",
+        "nextval",
+        "parse_duckdb_log_message",
+        "setseed",
+        "write_log",
+    }
 )
 _NAME: Final = re.compile(r"\w{1,64}", re.ASCII)
 
@@ -76,15 +107,22 @@ def check_select(sql: str) -> str:
         raise NotASelect(f"{len(kinds)} statements, and only one may run")
     if kinds != [duckdb.StatementType.SELECT]:
         raise NotASelect(f"{kinds[0].name} is not permitted, only SELECT")
+    tables: set[int] = set()
     for node in _nodes(_tree(sql)):
         kind = node.get("type")
         if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _QUERY_NODES:
             word = kind.removesuffix("_NODE").removesuffix("_QUERY")
             raise NotASelect(f"{word} within a SELECT is not permitted")
         if kind == "TABLE_FUNCTION":
-            name = str((node.get("function") or {}).get("function_name"))
+            function = node.get("function") or {}
+            tables.add(id(function))  # Met later, as the functions of columns are.
+            name = str(function.get("function_name"))
             if name.lower() not in _TABLE_FUNCTIONS:
                 raise NotASelect(f"table function {name} is not permitted")
+        if node.get("class") == "FUNCTION" and id(node) not in tables:
+            name = str(node.get("function_name"))
+            if name.lower() in _FUNCTIONS_DENIED:
+                raise NotASelect(f"function {name} is not permitted")
         if kind == "BASE_TABLE" and not _NAME.fullmatch(name := str(node.get("table_name"))):
             # A file, for DuckDB: FROM 'events.csv'.
             raise NotASelect(f"{name!r} is not the name of a view")

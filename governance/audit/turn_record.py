@@ -21,7 +21,7 @@ _MAX_TEMPERATURE = 1000
 def decided_event(turn: Turn, event_id: str) -> dict[str, Any]:
     """Columns of ``inference.decided``; who calls it adds those of the content."""
     event = _common(turn, event_id)
-    event["event_type"] = EventType.DECIDED.value
+    event["event_type"] = EventType.DECIDED._value_
     event["gpu_us_method"] = "pending"
     return event
 
@@ -30,10 +30,10 @@ def ended_event(turn: Turn, event_id: str) -> dict[str, Any]:
     """Columns of ``inference.completed``, or of ``inference.refused`` where nothing was decided."""
     event = _common(turn, event_id)
     decided = turn.decided_event_id
-    event["event_type"] = (EventType.COMPLETED if decided else EventType.REFUSED).value
+    event["event_type"] = (EventType.COMPLETED if decided else EventType.REFUSED)._value_
     event["parent_event_id"] = decided
     event["ts_end_us"] = turn.ended_us or None
-    event["outcome"] = (turn.outcome or Outcome.FAILED).value
+    event["outcome"] = (turn.outcome or Outcome.FAILED)._value_
     event["status"] = turn.status
     event["error_code"] = turn.error_code
     event["finish_reason"] = turn.finish_reason
@@ -75,7 +75,7 @@ def _common(turn: Turn, event_id: str) -> dict[str, Any]:
         "decision_id": turn.decision_id,
         "trace_id": notes.get("trace_id"),
         "span_id": notes.get("span_id"),
-        "operation": turn.operation.value,
+        "operation": turn.operation._value_,
         "provider": _PROVIDER,
         "replica_id": turn.replica_id,
         "model_revision": turn.model_version,
@@ -88,7 +88,7 @@ def _common(turn: Turn, event_id: str) -> dict[str, Any]:
         _data(event, turn)
     decision = turn.decision
     if decision is not None:
-        event["decision"] = decision.effect.value
+        event["decision"] = decision.effect._value_
         event["rule_ids"] = list(decision.rule_ids)
         event["policy_digest"] = decision.policy_digest
         event["mode"] = "enforce"
@@ -105,11 +105,11 @@ def _common(turn: Turn, event_id: str) -> dict[str, Any]:
 
 def _who(event: dict[str, Any], principal: Principal) -> None:
     event["subject_key"] = principal.key
-    event["principal_kind"] = principal.kind.value
+    event["principal_kind"] = principal.kind._value_
     event["issuer"] = principal.issuer
     event["tenant_id"] = principal.tenant_id
     event["client_id"] = principal.client_id
-    event["auth_method"] = "service_key" if principal.kind.value == "key" else "oidc"
+    event["auth_method"] = "service_key" if principal.kind._value_ == "key" else "oidc"
     event["key_id"] = principal.key_id
     event["token_hash"] = principal.token_hash
     event["roles"] = sorted(principal.roles)

@@ -2,63 +2,52 @@
 
 For each turn two records and their content, encrypted: ``inference.decided`` with the input before
 any engine sees it, ``inference.completed`` with the answer before its end is released; or one
-``inference.refused``, with the input where a caller is known. Pieces of an answer gather in memory
-for ``FLUSH_S`` or ``PART_BYTES``, whichever is first, and become one cell: after a crash, what
-was released more than a second before is readable.
+``inference.refused``, with the input where a caller is known. How an answer becomes cells:
+``governance.audit.answers``; after a crash, what was released more than a second before is
+readable, but for the rest of a piece of many megabytes.
 
-A request without a principal leaves no content, and at most ``ANONYMOUS_PER_S`` records a second
-and gateway: others are counted, and the next record carries the count in ``detail``. So a flood of
-bad credentials is on record and cannot fill the disk.
+What refusals may write is bounded for each caller (``governance.audit.refusals``). Of a request
+that was refused for its rate, or for a model that is not there, no content is kept.
+
+**An end that claims no more than there is.** Where a part of an answer was lost, or the end itself
+found no room, the client is refused its end, and the record says ``failed``, 503; it is written
+when there is room again (``governance.audit.unwritten``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from governance.audit.content import Cell, CellKind, joined_commit, seal_cell
+import orjson
+
+from governance.audit.answers import Answer, Answers
+from governance.audit.content import Cell, joined_commit
 from governance.audit.keystore import DataKey, KeyScope, Keystore, KeystoreError
-from governance.audit.schema import EventType
+from governance.audit.randomness import random_bytes as pooled
+from governance.audit.refusals import Caller, Refusals
 from governance.audit.turn_record import decided_event, ended_event, refused_input
 from governance.audit.ulid import new_ulid
+from governance.audit.unwritten import INCOMPLETE, UnwrittenEnds
 from governance.audit.writer import AuditWriter
-from governance.errors import AuditUnavailable
+from governance.errors import AuditUnavailable, ModelNotFound, RateLimited, TooManyParallel
 from governance.ports import Clock
-from governance.types import Operation, Principal, Turn
+from governance.types import Operation, Outcome, Principal, Turn
 
-PART_BYTES: Final = 64 << 10
-"""Content of one output cell, roughly: a piece is not split."""
-FLUSH_S: Final = 0.7
-"""Age at which gathered pieces become a cell; with a tick and a sync, within a second."""
+log = logging.getLogger("gatehouse.audit")
+
 TICK_S: Final = 0.1
-ANONYMOUS_PER_S: Final = 50
-_THREAD_BYTES: Final = 256 << 10
-"""Content from which sealing (5 ms a megabyte) leaves the event loop."""
+_THREAD_BYTES: Final = 64 << 10
+"""Content from which sealing an input (20 ms a megabyte) leaves the event loop."""
+_TOLD_AGAIN_S: Final = 60.0
+_WITHOUT_CONTENT: Final = frozenset((ModelNotFound.code, RateLimited.code, TooManyParallel.code))
+"""Refusals that anybody can have as many of as they like, and that no content explains."""
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
-
-
-@dataclass(slots=True)
-class _Answer:
-    """Answer of one turn on its way into cells."""
-
-    event_id: str
-    key: DataKey
-    media: str
-    commits: list[bytes] = field(default_factory=list)
-    pieces: list[bytes] = field(default_factory=list)
-    size_bytes: int = 0
-    since_s: float = 0.0
-    """When the first of the pieces came, by the event loop's clock."""
-    lost: bool = False
-
-    def lose(self) -> None:
-        """A cell could not be written; called from the writer's thread."""
-        self.lost = True
 
 
 class TurnAudit:
@@ -80,23 +69,26 @@ class TurnAudit:
         clock: Clock,
         *,
         per_subject: bool = True,
-        random_bytes: Callable[[int], bytes] = os.urandom,
+        random_bytes: Callable[[int], bytes] = pooled,
     ) -> None:
         self._writer = writer
         self._keystore = keystore
         self._clock = clock
         self._per_subject = per_subject
         self._random_bytes = random_bytes
-        self._answers: dict[str, _Answer] = {}
-        self._due: dict[str, _Answer] = {}
-        """Answers with pieces in memory; the longest waiting first."""
+        self._answers: dict[str, Answer] = {}
+        self._cells = Answers(writer, clock, random_bytes)
+        self._refusals = Refusals(clock)
+        self._unwritten = UnwrittenEnds(writer)
         self._timer: asyncio.TimerHandle | None = None
         self._key_thread = ThreadPoolExecutor(1, thread_name_prefix="audit-keys")
-        self._anonymous = ANONYMOUS_PER_S * 1_000_000
-        """Allowance in millionths of a record."""
-        self._allowed_us = clock()
-        self.suppressed = 0
-        """Refusals without a principal that no record has counted yet."""
+        self._told: tuple[str, float] = ("", 0.0)
+        """What was last wrong with a key, and when that was said."""
+
+    @property
+    def suppressed(self) -> int:
+        """Refusals that no record has counted yet."""
+        return self._refusals.suppressed
 
     # -- the port -----------------------------------------------------------------------------
 
@@ -115,7 +107,7 @@ class TurnAudit:
         event = decided_event(turn, event_id)
         cell = await self._input(event, key, body)
         media = _JSON if turn.operation is Operation.EMBEDDINGS else _EVENTS
-        self._answers[event_id] = _Answer(event_id, key, media)
+        self._answers[event_id] = Answer(event_id, key, media)
         # Before it is durable: a caller that hangs up cancels this wait, not the record, and its
         # end must name it.
         turn.decided_event_id = event_id
@@ -139,19 +131,9 @@ class TurnAudit:
             raise AuditUnavailable()
         if not data:
             return
-        if not answer.pieces:
-            answer.since_s = asyncio.get_running_loop().time()
-            self._due[answer.event_id] = answer
-            if self._timer is None:
-                self._start_timer()
-        answer.pieces.append(data)
-        answer.size_bytes += len(data)
-        if answer.size_bytes >= PART_BYTES:
-            try:
-                self._writer.post(None, (self._part(answer),), answer.lose)
-            except AuditUnavailable:
-                answer.lose()
-                raise
+        self._cells.take(answer, data)
+        if self._cells.waiting:
+            self._start_timer()
 
     async def completed(self, turn: Turn) -> None:
         """Record the end, with the rest of the answer; durable when this returns.
@@ -165,15 +147,22 @@ class TurnAudit:
         answer = self._answers.pop(turn.decided_event_id, None)
         if answer is None:
             raise ValueError("a turn ends once")
-        cells = (self._part(answer),) if answer.pieces else ()
+        cells = await self._cells.rest(answer)
         event = ended_event(turn, self._new_id())
         event["dek_id"] = answer.key.id
         if answer.commits:
             event["response_commit"] = joined_commit(answer.commits)
-        if answer.lost:
-            event["detail"] = '{"output":"incomplete"}'
-        await self._writer.write(event, cells)
-        if answer.lost:
+        lost = answer.lost
+        if lost:
+            _fail(turn, event, answer)
+        try:
+            # What gets lost from now on is seen by the writer's thread.
+            await self._writer.write(event, cells, None if lost else answer.is_lost)
+        except AuditUnavailable:
+            _fail(turn, event, answer)
+            self._unwritten.keep(event, cells)
+            raise
+        if lost:
             raise AuditUnavailable()
 
     async def close(self) -> None:
@@ -181,28 +170,54 @@ class TurnAudit:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self.suppressed and not self._writer.broken:
-            await self._writer.write(self._suppression())
+        await self._unwritten.close()
+        for caller, event in self._refusals.due(all_of_them=True):
+            if self._writer.broken:
+                break
+            await self._writer.write(event)
+            caller.suppressed = 0
         self._key_thread.shutdown(wait=False)
 
     # -- refusals -----------------------------------------------------------------------------
 
     async def _refused(self, turn: Turn) -> None:
-        event = ended_event(turn, self._new_id())
-        if turn.principal is None:
-            if not self._allow_anonymous():
-                self.suppressed += 1
-                self._start_timer()
-                return
-            event["auth_method"] = "none"
-            event["detail"] = self._take_suppressed()
-            await self._writer.write(event)
+        caller = self._refusals.caller(turn.principal)
+        if not caller.records.take(1, self._clock()):
+            caller.suppressed += 1
+            self._start_timer()
             return
+        event = ended_event(turn, self._new_id())
+        detail: dict[str, Any] = {}
         cells: tuple[Cell, ...] = ()
+        if turn.principal is None:
+            event["auth_method"] = "none"
+        elif turn.error_code not in _WITHOUT_CONTENT:
+            content = self._refused_content(turn, caller)
+            if content is not None:
+                cells = (await self._input(event, await self._key(turn.principal), content),)
+            elif turn.request is not None:
+                detail["content"] = "left_out"
+        counted, caller.suppressed = caller.suppressed, 0
+        if counted:
+            detail["suppressed"] = counted
+        if detail:
+            event["detail"] = orjson.dumps(detail).decode()
+        try:
+            await self._writer.write(event, cells)
+        except AuditUnavailable:
+            caller.suppressed += counted
+            raise
+
+    def _refused_content(self, turn: Turn, caller: Caller) -> bytes | None:
+        """The request, as far as it may be kept."""
+        size_bytes = turn.request.body_bytes if turn.request is not None else 0
+        now_us = self._clock()
+        if not self._has_room() or not caller.content.has(max(1, size_bytes), now_us):
+            return None
         content = refused_input(turn)
-        if content is not None and self._has_room():
-            cells = (await self._input(event, await self._key(turn.principal), content),)
-        await self._writer.write(event, cells)
+        if content is None or not caller.keeps(len(content), now_us):
+            return None
+        return content
 
     def _has_room(self) -> bool:
         """Content of refusals may not use up what ends of requests under way need."""
@@ -211,33 +226,6 @@ class TurnAudit:
         except AuditUnavailable:
             return False
         return True
-
-    def _allow_anonymous(self) -> bool:
-        """Token bucket of a second's allowance."""
-        now = self._clock()
-        gained = max(0, now - self._allowed_us) * ANONYMOUS_PER_S
-        self._allowed_us = now
-        self._anonymous = min(ANONYMOUS_PER_S * 1_000_000, self._anonymous + gained)
-        if self._anonymous < 1_000_000:
-            return False
-        self._anonymous -= 1_000_000
-        return True
-
-    def _take_suppressed(self) -> str | None:
-        count, self.suppressed = self.suppressed, 0
-        return f'{{"suppressed":{count}}}' if count else None
-
-    def _suppression(self) -> dict[str, Any]:
-        """A record that only carries a count."""
-        return {
-            "event_type": EventType.REFUSED.value,
-            "ts_us": self._clock(),
-            "auth_method": "none",
-            "outcome": "refused",
-            "status": 401,
-            "reason_code": "suppressed",
-            "detail": self._take_suppressed(),
-        }
 
     # -- content ------------------------------------------------------------------------------
 
@@ -254,44 +242,32 @@ class TurnAudit:
                 self._key_thread, self._keystore.data_key, scope
             )
         except (KeystoreError, OSError) as error:
+            self._tell(error)
             raise AuditUnavailable() from error
+
+    def _tell(self, error: KeystoreError | OSError) -> None:
+        """Log what is wrong with a key, and what to do; the same once a minute.
+
+        Messages of errors are withheld elsewhere. These name files of ours and hold no key.
+        """
+        text, now_s = str(error), time.monotonic()
+        if text != self._told[0] or now_s - self._told[1] > _TOLD_AGAIN_S:
+            self._told = (text, now_s)
+            log.error("audit: no content key: %s", text)
 
     async def _input(self, event: dict[str, Any], key: DataKey, content: bytes) -> Cell:
         """Seal the input and note it in the event."""
         event_id = event["event_id"]
         if len(content) < _THREAD_BYTES:
-            cell = self._seal(key, event_id, "input", 0, _JSON, content)
+            cell = self._cells.seal(key, event_id, "input", 0, _JSON, content)
         else:
-            cell = await asyncio.to_thread(self._seal, key, event_id, "input", 0, _JSON, content)
+            cell = await asyncio.to_thread(
+                self._cells.seal, key, event_id, "input", 0, _JSON, content
+            )
         event["prompt_commit"] = cell.commit.hex()
         event["prompt_bytes"] = len(content)
         event["dek_id"] = key.id
         return cell
-
-    def _part(self, answer: _Answer) -> Cell:
-        """Seal what has gathered as the answer's next part."""
-        content = b"".join(answer.pieces)
-        answer.pieces.clear()
-        answer.size_bytes = 0
-        self._due.pop(answer.event_id, None)
-        part = len(answer.commits)
-        cell = self._seal(answer.key, answer.event_id, "output", part, answer.media, content)
-        answer.commits.append(cell.commit)
-        return cell
-
-    def _seal(
-        self, key: DataKey, event_id: str, kind: CellKind, part: int, media: str, content: bytes
-    ) -> Cell:
-        return seal_cell(
-            key,
-            event_id=event_id,
-            kind=kind,
-            part=part,
-            media=media,
-            content=content,
-            ts_us=self._clock(),
-            random_bytes=self._random_bytes,
-        )
 
     def _new_id(self) -> str:
         return new_ulid(self._clock(), self._random_bytes)
@@ -305,21 +281,24 @@ class TurnAudit:
     def _tick(self) -> None:
         """Seal what has waited long enough; one timer for all turns, and none while idle."""
         self._timer = None
-        latest = asyncio.get_running_loop().time() - FLUSH_S
-        while self._due:
-            answer = next(iter(self._due.values()))
-            if answer.since_s > latest:
-                break
-            cell = self._part(answer)
-            try:
-                self._writer.post(None, (cell,), answer.lose)
-            except AuditUnavailable:
-                answer.lose()
-        if self.suppressed and not self._writer.broken and self._allow_anonymous():
-            count = self.suppressed
-            try:
-                self._writer.post(self._suppression())
-            except AuditUnavailable:
-                self.suppressed = count
-        if self._due or (self.suppressed and not self._writer.broken):
+        self._cells.flush()
+        if not self._writer.broken:
+            for caller, event in self._refusals.due():
+                try:
+                    self._writer.post(event)
+                except AuditUnavailable:
+                    break
+                caller.suppressed = 0
+        if self._cells.waiting or (self.suppressed and not self._writer.broken):
             self._start_timer()
+
+
+def _fail(turn: Turn, event: dict[str, Any], answer: Answer) -> None:
+    """Make turn and record say that the client did not get the end."""
+    if answer.lost:
+        event["detail"] = INCOMPLETE
+    if turn.outcome is Outcome.COMPLETED:
+        turn.outcome, turn.status = Outcome.FAILED, AuditUnavailable.status
+        turn.error_code = AuditUnavailable.code
+        event["outcome"], event["status"] = turn.outcome.value, turn.status
+        event["error_code"] = turn.error_code

@@ -145,6 +145,25 @@ class Log:
         self._start(prepared, last_seq + 1, last_hash)
         self._files.sync(self._descriptor)
 
+    def release(self) -> None:
+        """After a failed write or sync: give up everything but the lock."""
+        self._helper.shutdown(wait=True)  # It may be zeroing the segment that is closed next.
+        for descriptor in (self._descriptor, self._take_prepared()):
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._descriptor = -1
+
+    def _take_prepared(self) -> int:
+        """Descriptor of the segment made ahead, whose file is removed; -1 if there is none."""
+        if self._next.cancelled() or self._next.exception() is not None:
+            return -1
+        descriptor, self._next = self._next.result(), Future()
+        self._next.cancel()
+        with contextlib.suppress(OSError):
+            self._files.unlink(self._path(self._next_number))
+        return descriptor
+
     def close(self, last_seq: int, last_hash: str, *, broken: bool) -> None:
         """Close the segment for good, and give up the lock.
 
@@ -161,10 +180,9 @@ class Log:
             if self._descriptor >= 0:
                 last.callback(os.close, self._descriptor)
             self._helper.shutdown(wait=True)
-            if self._next.exception() is None:
-                os.close(self._next.result())
-                with contextlib.suppress(OSError):
-                    self._files.unlink(self._path(self._next_number))
+            prepared = self._take_prepared()
+            if prepared >= 0:
+                os.close(prepared)
             if self._descriptor >= 0 and not broken:
                 self._write_group(pack_end(last_seq, last_hash))
 

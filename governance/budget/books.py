@@ -5,7 +5,17 @@ The rules of charging:
 - A reservation is charged the largest figure that any report gave for it, in each dimension. All
   reports are cumulative, so a repeated or an overtaken one changes nothing, and it does not matter
   whether engine or gateway comes first.
-- An increase is charged to the window in which it is reported.
+- Device time is charged at the weight of the device that served, which an engine's report names: a
+  gateway only guesses which of several kinds that is. With E the largest charge by an engine, w the
+  weight of the device that gave it (of several that gave the same the largest), and G the raw
+  figure of the gateway,
+
+      charged = max(E, G x w)        rounded down, w in thousandths.
+
+  Until an engine has reported, what the gateway charged itself stands in: a charge for the time
+  being. The first report of an engine replaces it, which may lower it.
+- An increase is charged to the window in which it is reported. What a charge is lowered by returns
+  to its window; to a later window it does not.
 - While a reservation is open (its lease lives and its gateway has not settled it), what is charged
   to it is part of its lease, so that it does not count twice.
 """
@@ -51,8 +61,7 @@ class Books:
     def account(self, name: str, now_us: int) -> Account:
         """An account with its present window; one that is not in the file is kept as well."""
         account = self.state.accounts.get(name)
-        limits = self._config.account(name)
-        kind, zone = (limits.window.value, limits.timezone) if limits else ("month", "UTC")
+        kind, zone = self._window(name)
         window = f"{kind} {zone}"
         if account is None:
             account = Account(name, window, *window_at(kind, zone, now_us))
@@ -69,6 +78,13 @@ class Books:
             account.start_us, account.end_us = window_at(kind, zone, now_us)
             self.changes.accounts[name] = account
         return account
+
+    def view(self, name: str, now_us: int) -> Account:
+        """As ``account``, but nothing is kept of an account that nobody has used."""
+        if name in self.state.accounts:
+            return self.account(name, now_us)
+        kind, zone = self._window(name)
+        return Account(name, f"{kind} {zone}", *window_at(kind, zone, now_us))
 
     def exists(self, account: str) -> bool:
         """Whether the file has an account of this name."""
@@ -101,29 +117,62 @@ class Books:
         return found
 
     def open(self, reservation: Reservation) -> None:
-        """Count a reservation that is seen for the first time within its gateway's lease."""
+        """Count a reservation within its gateway's lease: one that is new, or whose lease is.
+
+        What it was charged under a lease that ended is part of what its gateway holds under this.
+        """
         lease = self.state.leases.get((reservation.gateway_id, reservation.account))
         if lease is not None and not reservation.settled:
             reservation.open = True
             lease.reservations[reservation.id] = reservation
+            lease.open_spent += reservation.charged
+            self.changes.leases[lease.id] = lease
 
-    def charge(self, reservation: Reservation, used: Amount, now_us: int) -> None:
-        """Raise what a reservation is charged to ``used``, where that is more."""
-        more = positive(used - reservation.charged)
-        if more == ZERO:
+    def metered(
+        self, reservation: Reservation, gpu_us: int, tokens: int, weight_milli: int, now_us: int
+    ) -> None:
+        """Charge what an engine reports; ``gpu_us`` is raw, ``weight_milli`` its device's."""
+        engine_us = gpu_us * weight_milli // 1000
+        served = (reservation.engine_us, reservation.weight_milli)
+        reservation.engine_us, reservation.weight_milli = max(served, (engine_us, weight_milli))
+        self._charge(reservation, self._device_us(reservation), tokens, now_us)
+
+    def settle(
+        self, reservation: Reservation, used: Amount, raw_us: int | None, now_us: int
+    ) -> None:
+        """Charge what a gateway says; ``used`` is at its weight, ``raw_us`` before that."""
+        reservation.raw_us = max(reservation.raw_us, raw_us or 0)
+        gpu_us = max(used.gpu_us, reservation.charged.gpu_us)
+        if reservation.weight_milli:
+            gpu_us = self._device_us(reservation)
+        self._charge(reservation, gpu_us, used.tokens, now_us)
+
+    def _device_us(self, reservation: Reservation) -> int:
+        """Charge of a reservation that an engine has reported."""
+        gateways_us = reservation.raw_us * reservation.weight_milli // 1000
+        return max(reservation.engine_us, gateways_us)
+
+    def _charge(self, reservation: Reservation, gpu_us: int, tokens: int, now_us: int) -> None:
+        """Set what a reservation is charged; tokens are never lowered."""
+        before = reservation.charged
+        change = Amount(gpu_us, max(tokens, before.tokens)) - before
+        if change == ZERO:
             return
-        reservation.charged += more
         account = self.account(reservation.account, now_us)
-        account.spent += more
-        account.total += more
+        if before == ZERO:
+            reservation.since_us = account.start_us
+        reservation.charged += change
+        # What an earlier window was charged too much is not this one's to spend.
+        account.spent += change if reservation.since_us == account.start_us else positive(change)
+        account.total += change
         self.changes.accounts[account.name] = account
         lease = self.state.leases.get((reservation.gateway_id, reservation.account))
         if lease is None:
             return
         if reservation.open:
-            lease.open_spent += more
+            lease.open_spent += change
         elif reservation.settled:
-            lease.adjust += more
+            lease.adjust += positive(change)
         self.changes.leases[lease.id] = lease
 
     def close(self, reservation: Reservation) -> None:
@@ -175,3 +224,7 @@ class Books:
         self.changes.overrides[override.account] = None
         event = events.budget_set(override, state, by, reason, now_us)
         self.changes.events.append(event)
+
+    def _window(self, account: str) -> tuple[str, str]:
+        limits = self._config.account(account)
+        return (limits.window.value, limits.timezone) if limits else ("month", "UTC")

@@ -28,6 +28,11 @@ def owns(gateway_id: str, reservation_id: str) -> bool:
     return reservation_id.startswith(head) and reservation_id[len(head) :].isdigit()
 
 
+def is_name(name: object) -> bool:
+    """Whether something may be the name of an account, or an id."""
+    return type(name) is str and len(name) <= 256 and _NAME.fullmatch(name) is not None
+
+
 def check_renewal(request: RenewRequest) -> None:
     """Look at a renewal.
 
@@ -76,7 +81,7 @@ def _figures(figures: Iterable[int]) -> None:
 
 def _names(names: Iterable[str]) -> None:
     for name in names:
-        if type(name) is not str or len(name) > 256 or not _NAME.fullmatch(name):
+        if not is_name(name):
             raise ValueError("a name is empty, too long or has characters that no name has")
 
 

@@ -54,7 +54,7 @@ def settle(
         if found is None:
             continue
         books.close(found)
-        books.charge(found, said.used, now_us)
+        books.settle(found, said.used, said.gpu_us, now_us)
         if found.settled:
             continue
         found.settled, found.unsettled = True, None
@@ -92,7 +92,7 @@ def renew(
 
 def account_state(books: Books, name: str, now_us: int) -> AccountState:
     """An account as people see it."""
-    account = books.account(name, now_us)
+    account = books.view(name, now_us)
     gpu_us, tokens = books.limits(name)
     override = books.state.overrides.get(name)
     leased, reserved = ZERO, ZERO

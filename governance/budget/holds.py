@@ -242,7 +242,7 @@ class LeaseHold:
             ask.request_id,
             ask.model,
             ask.base_model,
-            gpu_us,
+            self._raw_us or gpu_us,
             used,
             usage is not None,
             ask.prompt_bytes if usage is not None else 0,

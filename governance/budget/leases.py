@@ -1,30 +1,28 @@
-"""The gateway's side of the ledger: reserve, extend and settle in memory, renew in the background.
+"""The gateway's side of the ledger: reserve, extend and settle in memory.
 
-One task renews once a second, and at once when a request waits; one renewal is in flight at a
-time, and all requests that wait share it. A renewal that was not answered is **repeated
-unchanged**: a new number tells the ledger that the last answer was heard, and settlements are kept
-until then. Leases count from when a renewal was first sent, by this process's own clock, less a
-margin.
-
-While the ledger restarts, requests are served out of leases that are still valid. A request that
-does not fit into them waits ``WAIT_S`` at most.
+``governance.budget.renewals`` talks to the ledger in the background. While the ledger restarts,
+requests are served out of leases that are still valid, less a margin. A request that does not fit
+into them waits ``WAIT_S`` at most.
 
 A request that does not fit after the ledger has answered, in this order: waits for prompts that the
 engine is counting, since an estimate may give room back; takes its median estimate, or what is left
 if that may do; waits ``GIVE_BACK_S`` for what other gateways do not use; is refused.
+
+What is given back is offered once per turn of the event loop, however many give back in it: to
+running answers first come first served, each that fits; to new requests in order, up to the first
+that does not fit, so that a large one is not passed for ever. A renewal's answer is offered to all.
+No more than ``MAX_WAITERS`` wait for one account.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
-from time import perf_counter_ns
 
+from governance.budget.checks import MOST, is_name
 from governance.budget.holds import LeaseHold
 from governance.budget.lines import Line
 from governance.budget.messages import (
@@ -36,33 +34,32 @@ from governance.budget.messages import (
     Settlement,
 )
 from governance.budget.prices import COLD
-from governance.budget.state import ZERO
+from governance.budget.renewals import Renewals
+from governance.budget.state import ZERO, least
 from governance.budget.waiters import Level, Waiter
 from governance.errors import (
     BudgetExhausted,
     GatehouseError,
     LedgerUnavailable,
     NoAccount,
+    Overloaded,
     Shortage,
 )
 from governance.ports import Clock
-from governance.tracebacks import without_messages
 from governance.types import Amount, BudgetAsk
-
-log = logging.getLogger("gatehouse.ledger")
 
 WAIT_S = 3.0
 """Longest wait of a request for the ledger; then it is refused with ``LedgerUnavailable``."""
 GIVE_BACK_S = 2.5
 """Longest wait for what others may give back: two renewals and a half."""
-CALL_S = 2.0
-"""A renewal that was not answered for so long is sent again."""
-GAP_S = 0.005
-"""Shortest time between two renewals: requests that come meanwhile share the second."""
 UNKNOWN_S = 1.0
 """An account that does not exist is not asked for again this soon."""
+MAX_WAITERS = 256
+"""Requests that may wait for one account; more are refused at once."""
 MARGIN = 0.05
 """Part of a lease's time that is not used: clocks of two machines do not run alike."""
+
+LARGEST = Amount(MOST, MOST)
 
 
 @dataclass(slots=True)
@@ -80,6 +77,10 @@ class LeaseStats:
     unavailable: int = 0
     renewals: int = 0
     failures: int = 0
+    rejections: int = 0
+    """Renewals that the ledger refused to look at."""
+    given_up: int = 0
+    """Settlements that it never took."""
     renew_us: int = 0
     """How long the last renewal took."""
 
@@ -90,7 +91,7 @@ class LeaseBook:
     Args:
         gateway_id: Unique per process start: an id that is used again would be taken for a
             repetition.
-        renew: Sends a renewal to the ledger; any exception means that it was not answered.
+        renew: Sends a renewal to the ledger; see ``governance.budget.renewals``.
         clock: Wall clock, for what people read.
         monotonic: Seconds; decides when a lease ends.
         chunk_tokens: Answer tokens per choice that are reserved at a time.
@@ -110,23 +111,15 @@ class LeaseBook:
         self.gateway_id = gateway_id
         self.monotonic = monotonic
         self.chunk_tokens = chunk_tokens
-        self._renew = renew
         self._clock = clock
-        self._renew_s = renew_s
         self._lines: dict[str, Line] = {}
         self._prices: dict[str, ModelPrice] = {}
         self._numbers = count(1)
-        self._seq = 0
-        self._unsent: list[tuple[Line, Settlement, Amount]] = []
-        self._sent: list[tuple[Line, Settlement, Amount]] = []
-        self._flight: RenewRequest | None = None
-        """Sent and not answered; sent again as it is."""
-        self._flight_s = 0.0
-        """When it was first sent."""
         self._cushions_s = monotonic()
-        self._kick = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._given_back: dict[str, Line] = {}
+        """Accounts of which something was given back in this turn of the loop."""
         self._closed = False
+        self._renewals = Renewals(gateway_id, renew, self, monotonic=monotonic, renew_s=renew_s)
         self._answered_s = float("-inf")
         self._stats = LeaseStats()
 
@@ -137,7 +130,11 @@ class LeaseBook:
             BudgetExhausted: The account cannot cover it.
             NoAccount: The department has no account.
             LedgerUnavailable: No lease is left, and the ledger cannot be reached.
+            Overloaded: Too many wait for the same account.
         """
+        if not is_name(ask.department):
+            # The ledger would reject the whole renewal.
+            raise NoAccount
         now_s = self.monotonic()
         line = self._lines.get(ask.department)
         if line is None:
@@ -155,8 +152,10 @@ class LeaseBook:
         """State of a department's account, as of the last renewal."""
         line = self._lines.get(department)
         if line is None:
+            if not is_name(department):
+                return None
             line = self._lines[department] = Line(department)
-            self._wake()
+            self._renewals.wake()
         line.used_s = self.monotonic()
         return line.state
 
@@ -174,7 +173,10 @@ class LeaseBook:
             sum(line.open_us for line in lines), sum(line.open_tokens for line in lines)
         )
         found.waiting = sum(len(line.waiters) for line in lines)
-        found.unsent = len(self._unsent) + len(self._sent)
+        sent = self._renewals
+        found.unsent, found.renewals, found.renew_us = sent.unsent, sent.done, sent.took_us
+        found.failures, found.rejections = sent.failures, sent.rejections
+        found.given_up = sent.given_up
         return found
 
     @property
@@ -188,8 +190,7 @@ class LeaseBook:
 
     def start(self) -> None:
         """Begin to renew; ``reserve`` does it too."""
-        if self._task is None and not self._closed:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._renewals.start()
 
     async def close(self) -> None:
         """Send the last settlements and give all leases back; twice is once.
@@ -199,19 +200,12 @@ class LeaseBook:
         if self._closed:
             return
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._renewals.stop()
         until_s = self.monotonic() + WAIT_S
         for line in self._lines.values():
             for waiter in list(line.waiters):
                 self._fail(line, waiter, LedgerUnavailable())
-        while self.monotonic() < until_s:
-            closing = self._flight is None
-            if await self._renew_once(closing=closing) and closing:
-                return
-            if self._flight is not None:
-                await asyncio.sleep(0.1)
+        await self._renewals.finish(until_s)
 
     async def wait(
         self,
@@ -221,6 +215,7 @@ class LeaseBook:
         need: Callable[[], Amount],
         least: Amount,
         wait_s: float | None,
+        first: bool = False,
     ) -> None:
         """Wait until something fits; the request's next chunk, or its first.
 
@@ -230,6 +225,7 @@ class LeaseBook:
             need: What to ask the ledger for.
             least: The least that could do.
             wait_s: Longest wait; ``None`` is ``WAIT_S``.
+            first: It is a new request's.
 
         Raises:
             BudgetExhausted: The account cannot cover it.
@@ -240,9 +236,9 @@ class LeaseBook:
             raise LedgerUnavailable
         now_s = self.monotonic()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = Waiter(attempt, need, least, done, now_s + GIVE_BACK_S)
-        line.waiters.append(waiter)
-        self._wake()
+        waiter = Waiter(attempt, need, least, done, now_s + GIVE_BACK_S, first)
+        line.waiters[waiter] = None
+        self._renewals.wake()
         try:
             async with asyncio.timeout(WAIT_S if wait_s is None else wait_s):
                 await done
@@ -255,21 +251,23 @@ class LeaseBook:
             self._stats.unavailable += 1
             raise LedgerUnavailable from None
         finally:
-            if waiter in line.waiters:
-                line.waiters.remove(waiter)
+            line.waiters.pop(waiter, None)
 
     def price(self, base_model: str) -> ModelPrice:
         """Price of a base model, as of the last renewal."""
         return self._prices.get(base_model, COLD)
 
     def freed(self, line: Line) -> None:
-        """Something may have been given back: serve who waits."""
-        if line.waiters:
-            self._serve(line)
+        """Something may have been given back: serve who waits, in the loop's next turn."""
+        if not line.waiters:
+            return
+        if not self._given_back:
+            asyncio.get_running_loop().call_soon(self._offer)
+        self._given_back[line.account] = line
 
     def settled(self, line: Line, settlement: Settlement, pending: Amount) -> None:
         """Queue a settlement for the next renewal."""
-        self._unsent.append((line, settlement, pending))
+        self._renewals.settle(line, settlement, pending)
         self.freed(line)
 
     async def _first(self, line: Line, hold: LeaseHold, now_s: float) -> None:
@@ -278,97 +276,48 @@ class LeaseBook:
             raise NoAccount
         if now_s < line.valid_until_s and line.exhausted() and self._window_holds(line):
             raise self._refusal(line)
+        least = hold.least()
+        if len(line.waiters) >= MAX_WAITERS:
+            raise self._crowded(line, least, now_s)
         try:
             await self.wait(
-                line, attempt=hold.retry, need=hold.need, least=hold.least(), wait_s=None
+                line, attempt=hold.retry, need=hold.need, least=least, wait_s=None, first=True
             )
         except asyncio.CancelledError:
             if hold.reserved_tokens:
                 hold.release()
             raise
 
-    def _wake(self) -> None:
-        self.start()
-        self._kick.set()
+    # -- for the renewals ---------------------------------------------------------------------
 
-    async def _run(self) -> None:
-        """Renew for as long as the book is open."""
-        backoff_s = 0.05
-        while not self._closed:
-            try:
-                answered = await self._renew_once(closing=False)
-            except Exception as error:
-                # Without this task nobody would be served; what it met is said, and it goes on.
-                log.error("a renewal failed\n%s", without_messages(error))
-                self._stats.failures += 1
-                answered = False
-            if answered:
-                backoff_s = 0.05
-                await asyncio.sleep(GAP_S)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._pause_s()):
-                        await self._kick.wait()
-            else:
-                await asyncio.sleep(backoff_s)
-                backoff_s = min(backoff_s * 2, 1.0)
-
-    def _pause_s(self) -> float:
-        """Until the next renewal; sooner while somebody waits for what others give back."""
-        return self._renew_s / 4 if any(v.waiters for v in self._lines.values()) else self._renew_s
-
-    async def _renew_once(self, *, closing: bool) -> bool:
-        """Send the renewal that is in flight, or a new one; whether it was answered."""
-        self._kick.clear()
-        if self._flight is None:
-            self._flight, self._flight_s = self._request(closing), self.monotonic()
-        request, begun_ns = self._flight, perf_counter_ns()
-        try:
-            # Not `wait_for`: up to Python 3.11 it can lose a cancellation.
-            async with asyncio.timeout(CALL_S):
-                reply = await self._renew(request)
-        except Exception:
-            # Whatever it was: the ledger has not answered, and is asked the same again.
-            self._stats.failures += 1
-            return False
-        if reply.seq != request.seq:
-            self._stats.failures += 1
-            return False
-        self._stats.renewals += 1
-        self._stats.renew_us = (perf_counter_ns() - begun_ns) // 1000
-        self._take(request, reply)
-        return True
-
-    def _request(self, closing: bool) -> RenewRequest:
-        """What to tell the ledger now."""
+    def asks(self, seq: int) -> tuple[LeaseAsk, ...]:
+        """See ``governance.budget.renewals.Desk``."""
         now_s = self.monotonic()
         elapsed_s, self._cushions_s = now_s - self._cushions_s, now_s
-        self._seq += 1
         asks = []
         for line in self._lines.values():
             need = Amount()
             for waiter in line.waiters:
-                waiter.asked = waiter.asked or self._seq
+                waiter.asked = waiter.asked or seq
                 need += waiter.need()
             if line.scarce(need.gpu_us, need.tokens):
                 need += Amount(line.owed_us, line.owed_tokens)
             reserved = Amount(line.open_us, line.open_tokens)
             cushion = line.cushion(elapsed_s, now_s)
-            asks.append(LeaseAsk(line.account, reserved, need, cushion))
-        self._sent, self._unsent = self._unsent, []
-        settlements = tuple(settlement for _, settlement, _ in self._sent)
-        return RenewRequest(self.gateway_id, self._seq, tuple(asks), settlements, closing)
+            # The ledger rejects more, and no account has it: those who asked are refused one by
+            # one, with what there is.
+            amounts = (least(amount, LARGEST) for amount in (reserved, need, cushion))
+            asks.append(LeaseAsk(line.account, *amounts))
+        return tuple(asks)
 
-    def _take(self, request: RenewRequest, reply: RenewReply) -> None:
-        """Take the ledger's answer in, and serve who waits."""
-        self._answered_s = self._flight_s
-        for line, _, pending in self._sent:
-            line.confirm(pending)
-        self._flight, self._sent = None, []
+    def answered(self, request: RenewRequest, reply: RenewReply, sent_s: float) -> None:
+        """See ``governance.budget.renewals.Desk``."""
+        self._answered_s = sent_s
         self._prices = {price.base_model: price for price in reply.prices}
         leases = {lease.account: lease for lease in reply.leases}
         states = {state.account: state for state in reply.accounts}
         ttl_s = reply.ttl_ms / 1000
-        valid_until_s = self._flight_s + ttl_s - max(ttl_s * MARGIN, 0.1)
+        valid_until_s = sent_s + ttl_s - max(ttl_s * MARGIN, 0.1)
         if request.closing:
             leases = {}
         for ask in request.asks:
@@ -386,36 +335,80 @@ class LeaseBook:
             if line.idle(self.monotonic()):
                 del self._lines[ask.account]
 
-    def _serve(self, line: Line) -> None:
-        """Let everybody who waits try again, in order; refuse who need not wait longer."""
+    def rejected(self, request: RenewRequest, *, in_doubt: bool) -> None:
+        """See ``governance.budget.renewals.Desk``."""
+        for line in self._lines.values():
+            if in_doubt:
+                line.valid_until_s = float("-inf")
+            for waiter in list(line.waiters):
+                if request.settlements:
+                    waiter.asked = 0  # likely not to blame: asked for again
+                elif waiter.asked:
+                    self._fail(line, waiter, LedgerUnavailable())
+
+    def waiting(self) -> bool:
+        """See ``governance.budget.renewals.Desk``."""
+        return any(line.waiters for line in self._lines.values())
+
+    # -- who waits ----------------------------------------------------------------------------
+
+    def _offer(self) -> None:
+        """Offer what was given back since the last turn of the loop."""
+        lines, self._given_back = self._given_back, {}
+        for line in lines.values():
+            self._serve(line, in_order=True)
+
+    def _serve(self, line: Line, *, in_order: bool = False) -> None:
+        """Let everybody who waits try again, in order; refuse who need not wait longer.
+
+        Args:
+            line: The account.
+            in_order: Of the new requests, none passes one that does not fit.
+        """
         now_s = self.monotonic()
         if now_s >= line.valid_until_s:
             return
+        blocked = False
         for waiter in list(line.waiters):
-            if waiter.done.done():
+            if waiter.done.done() or (blocked and waiter.first):
                 continue
-            if waiter.attempt(Level.P99):
-                self._let(line, waiter)
-                continue
-            if not waiter.answered:
-                continue
-            waiting = now_s < waiter.until_s
-            if waiting and line.unstarted and not line.exhausted():
-                continue
-            if waiter.attempt(Level.P50) or waiter.attempt(Level.EDGE):
-                self._let(line, waiter)
-                continue
-            best = line.reachable()
-            could = best.gpu_us >= waiter.least.gpu_us and best.tokens >= waiter.least.tokens
-            if not (waiting and could):
-                self._fail(line, waiter, self._refusal(line))
+            served = self._try(line, waiter, now_s)
+            blocked = blocked or (in_order and waiter.first and not served)
 
-    def _let(self, line: Line, waiter: Waiter) -> None:
-        line.waiters.remove(waiter)
+    def _try(self, line: Line, waiter: Waiter, now_s: float) -> bool:
+        """Let one who waits try again; whether he is through, one way or the other."""
+        if waiter.attempt(Level.P99):
+            return self._let(line, waiter)
+        if not waiter.answered:
+            return False
+        waiting = now_s < waiter.until_s
+        if waiting and line.unstarted and not line.exhausted():
+            return False
+        if waiter.attempt(Level.P50) or waiter.attempt(Level.EDGE):
+            return self._let(line, waiter)
+        if waiting and self._within_reach(line, waiter.least):
+            return False
+        self._fail(line, waiter, self._refusal(line))
+        return True
+
+    def _within_reach(self, line: Line, least: Amount) -> bool:
+        """Whether it could fit, if other gateways gave back what they do not use."""
+        best = line.reachable()
+        return best.gpu_us >= least.gpu_us and best.tokens >= least.tokens
+
+    def _crowded(self, line: Line, least: Amount, now_s: float) -> GatehouseError:
+        """Why one more must not wait."""
+        if now_s < line.valid_until_s and not self._within_reach(line, least):
+            return self._refusal(line)
+        return Overloaded("", None, 1)
+
+    def _let(self, line: Line, waiter: Waiter) -> bool:
+        line.waiters.pop(waiter, None)
         waiter.done.set_result(None)
+        return True
 
     def _fail(self, line: Line, waiter: Waiter, error: GatehouseError) -> None:
-        line.waiters.remove(waiter)
+        line.waiters.pop(waiter, None)
         if not waiter.done.done():
             waiter.done.set_exception(error)
 

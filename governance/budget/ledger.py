@@ -33,10 +33,7 @@ from governance.budget.messages import (
     RenewReply,
     RenewRequest,
 )
-from governance.budget.state import (
-    Gateway,
-    Override,
-)
+from governance.budget.state import Gateway, Override
 from governance.budget.store import LedgerStore
 from governance.errors import NoAccount
 from governance.ports import Clock
@@ -216,13 +213,14 @@ class BudgetLedger:
                 return
             book = self._books.price(report.base_model)
             weight_milli = self.config.weight_milli(report.accelerator)
-            if report.base_model not in self._known or book.weight_milli != weight_milli:
-                # At once: gateways charge by it, also after a restart.
-                book.weight_milli = weight_milli
+            dearest_milli = self._dearest(report.base_model, weight_milli)
+            if report.base_model not in self._known or book.weight_milli != dearest_milli:
+                # At once: gateways reserve by it, also after a restart.
+                book.weight_milli = dearest_milli
                 self._books.changes.prices[book.base_model] = book
                 self._known.add(report.base_model)
             for row in report.rows:
-                meters.charge_row(self._books, row, report, book, now_us)
+                meters.charge_row(self._books, row, report, weight_milli, book, now_us)
                 if row.ended:
                     self._stale_prices.add(report.base_model)
 
@@ -232,7 +230,8 @@ class BudgetLedger:
             if account is not None:
                 names = [account] if self.config.account(account) else []
             else:
-                names = sorted({*self.config.accounts, *self._books.state.accounts})
+                state = self._books.state
+                names = sorted({*self.config.accounts, *state.accounts, *state.overrides})
             return tuple(grants.account_state(self._books, name, self._clock()) for name in names)
 
     def totals(self) -> dict[str, Amount]:
@@ -344,8 +343,17 @@ class BudgetLedger:
     def committed(self, account: str) -> Amount:
         """Spent, and what may still be charged under leases."""
         with self.batch():
-            found = self._books.account(account, self._clock())
+            found = self._books.view(account, self._clock())
             return found.spent + self._books.state.outstanding(account)
+
+    def _dearest(self, base_model: str, weight_milli: int) -> int:
+        """Largest weight of the devices that serve a model: which will serve, nobody knows yet."""
+        weights = (
+            self.config.weight_milli(replica.accelerator)
+            for replica in meters.live(self._books.state)
+            if replica.base_model == base_model
+        )
+        return max(weights, default=weight_milli)
 
     def _reply(self, request: RenewRequest, seq: int) -> RenewReply:
         leases = self._books.state.leases_at(request.gateway_id)

@@ -21,7 +21,6 @@ account, they cannot start more in chunks between them than it can finish.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from math import exp
 from typing import TYPE_CHECKING
@@ -72,7 +71,8 @@ class Line:
     used_s: float = 0.0
     unstarted: int = 0
     """Holds whose prompt the engine has not counted yet."""
-    waiters: deque[Waiter] = field(default_factory=deque)
+    waiters: dict[Waiter, None] = field(default_factory=dict)
+    """In order of arrival."""
     _flow_us: int = 0
     _flow_tokens: int = 0
     _rate_us: float = 0.0

@@ -85,9 +85,10 @@ class Settlement:
     model: str
     base_model: str
     gpu_us: int | None
-    """Raw device-microseconds; ``None`` where the engine did not say."""
+    """Raw device-microseconds as far as the gateway knows, cumulative; ``None`` where no engine
+    said anything."""
     used: Amount
-    """Charged as far as the gateway knows, cumulative."""
+    """Charged as far as the gateway knows, cumulative, at the weight that it was told."""
     final: bool
     """The usage came with the engine's last frame."""
     prompt_bytes: int = 0
@@ -163,7 +164,7 @@ class ModelPrice:
 
     base_model: str
     weight_milli: int
-    """Weight of its accelerator in thousandths."""
+    """Weight of its accelerator in thousandths; of several kinds the largest."""
     prefill_p50_ns: int
     """Raw device-nanoseconds per computed prompt token."""
     prefill_p99_ns: int

@@ -16,7 +16,6 @@ from governance.budget.checks import owns
 from governance.budget.messages import MeterReport, MeterRow
 from governance.budget.prices import PriceBook
 from governance.budget.state import METERS, Replica, State
-from governance.types import Amount
 
 SILENT_S = 10.0
 """An engine that was not heard of for so long is given up; it reports twice a second."""
@@ -67,7 +66,12 @@ def take(books: Books, report: MeterReport, now_us: int, now_s: float) -> tuple[
 
 
 def charge_row(
-    books: Books, row: MeterRow, report: MeterReport, prices: PriceBook, now_us: int
+    books: Books,
+    row: MeterRow,
+    report: MeterReport,
+    weight_milli: int,
+    prices: PriceBook,
+    now_us: int,
 ) -> None:
     """Charge what an engine reports for one reservation, and learn its price when it is through."""
     if not owns(row.gateway_id, row.reservation_id):
@@ -78,8 +82,8 @@ def charge_row(
         return
     if not found.open and not found.settled and not found.ended:
         books.open(found)
-    used = Amount(row.gpu_us * prices.weight_milli // 1000, row.prompt_tokens + row.decode_tokens)
-    books.charge(found, used, now_us)
+    tokens = row.prompt_tokens + row.decode_tokens
+    books.metered(found, row.gpu_us, tokens, weight_milli, now_us)
     if not row.ended or found.ended:
         return
     found.ended = True

@@ -116,7 +116,7 @@ class PriceBook:
 
     base_model: str
     weight_milli: int = 1000
-    """Weight of the accelerator that reported last."""
+    """Largest weight of the accelerators that serve it."""
     prefill: Sketch = field(default_factory=Sketch)
     decode: Sketch = field(default_factory=Sketch)
     density: Sketch = field(default_factory=Sketch)

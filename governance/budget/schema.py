@@ -5,7 +5,7 @@ All figures are integers: device-microseconds and tokens, charged unless a colum
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x47484C31
 """``GHL1``: tells a ledger from any other SQLite file."""
 
@@ -63,13 +63,17 @@ SCHEMA = (
       id         TEXT NOT NULL UNIQUE,     -- a second report of the same changes the first's row
       account    TEXT NOT NULL,
       gateway_id TEXT NOT NULL,
-      gpu_us     INTEGER NOT NULL,         -- charged: the largest figure of all reports
+      gpu_us     INTEGER NOT NULL,         -- charged, see governance.budget.books
       tokens     INTEGER NOT NULL,
       open       INTEGER NOT NULL,         -- 1: its gateway's lease lives, and it is not settled
       settled    INTEGER NOT NULL,         -- 1: its gateway reported it
       ended      INTEGER NOT NULL,         -- 1: its engine was through with it
       unsettled  TEXT,                     -- audit event to write if the gateway never settles it
-      changed_us INTEGER NOT NULL          -- by the age of the file, see BudgetLedger
+      changed_us INTEGER NOT NULL,         -- by the age of the file, see BudgetLedger
+      engine_us    INTEGER NOT NULL DEFAULT 0,   -- largest charge by an engine
+      weight_milli INTEGER NOT NULL DEFAULT 0,   -- of its device; 0: no engine reported yet
+      raw_us       INTEGER NOT NULL DEFAULT 0,   -- raw: largest figure of the gateway
+      since_us     INTEGER NOT NULL DEFAULT 0    -- start of the window of its first charge
     ) STRICT
     """,
     "CREATE INDEX reservation_open ON reservation (gateway_id, account) WHERE open = 1",
@@ -113,3 +117,11 @@ SCHEMA = (
     ) STRICT
     """,
 )
+
+UPGRADES = {
+    1: tuple(
+        f"ALTER TABLE reservation ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0"
+        for name in ("engine_us", "weight_milli", "raw_us", "since_us")
+    ),
+}
+"""Statements that make a file of an older version one of ``SCHEMA_VERSION``."""

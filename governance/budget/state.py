@@ -81,6 +81,14 @@ class Reservation:
     ended: bool = False
     unsettled: str | None = None
     """Audit event (JSON) to write if its gateway never settles it."""
+    engine_us: int = 0
+    """Largest charge by an engine, at the weight of its device."""
+    weight_milli: int = 0
+    """Weight of the device that gave it, in thousandths; 0 while no engine reported."""
+    raw_us: int = 0
+    """Largest figure of its gateway, raw device-microseconds."""
+    since_us: int = 0
+    """Start of the window in which it was first charged."""
 
 
 @dataclass(slots=True)

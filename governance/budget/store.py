@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from governance.budget.prices import PriceBook, Sketch
-from governance.budget.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
+from governance.budget.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION, UPGRADES
 from governance.budget.state import (
     Account,
     Gateway,
@@ -35,12 +35,17 @@ from governance.types import Amount
 PRUNE_ROWS = 2_000
 """Reservations looked at in one step of pruning."""
 
-_RESERVATION = "id, account, gateway_id, gpu_us, tokens, open, settled, ended, unsettled"
+_RESERVATION = (
+    "id, account, gateway_id, gpu_us, tokens, open, settled, ended, unsettled,"
+    " engine_us, weight_milli, raw_us, since_us"
+)
 _UPSERT_RESERVATION = f"""
-    INSERT INTO reservation ({_RESERVATION}, changed_us) VALUES (?,?,?,?,?,?,?,?,?,?)
+    INSERT INTO reservation ({_RESERVATION}, changed_us) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)
     ON CONFLICT (id) DO UPDATE SET gpu_us = excluded.gpu_us, tokens = excluded.tokens,
       open = excluded.open, settled = excluded.settled, ended = excluded.ended,
-      unsettled = excluded.unsettled, changed_us = excluded.changed_us
+      unsettled = excluded.unsettled, engine_us = excluded.engine_us,
+      weight_milli = excluded.weight_milli, raw_us = excluded.raw_us,
+      since_us = excluded.since_us, changed_us = excluded.changed_us
 """  # noqa: S608 - a constant
 
 
@@ -258,6 +263,13 @@ class LedgerStore:
             execute(f"PRAGMA application_id = {APPLICATION_ID}")
             execute("COMMIT")
         version = execute("SELECT max(version) FROM schema_version").fetchone()[0]
+        if version in UPGRADES:
+            execute("BEGIN IMMEDIATE")
+            for statement in UPGRADES[version]:
+                execute(statement)
+            execute("UPDATE schema_version SET version = ?", (SCHEMA_VERSION,))
+            execute("COMMIT")
+            version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise LedgerStoreError(
                 f"{path}: schema version {version}, but this program knows {SCHEMA_VERSION}"
@@ -269,9 +281,9 @@ def _pair(amount: Amount) -> tuple[int, int]:
 
 
 def _reservation(row: tuple[Any, ...]) -> Reservation:
-    key, account, gateway_id, gpu_us, tokens, is_open, settled, ended, unsettled = row
+    key, account, gateway_id, gpu_us, tokens, is_open, settled, ended, *rest = row
     flags = (bool(is_open), bool(settled), bool(ended))
-    return Reservation(key, account, gateway_id, Amount(gpu_us, tokens), *flags, unsettled)
+    return Reservation(key, account, gateway_id, Amount(gpu_us, tokens), *flags, *rest)
 
 
 def _replica(row: tuple[Any, ...]) -> Replica:
@@ -283,7 +295,8 @@ def _replica(row: tuple[Any, ...]) -> Replica:
 
 def _reservation_row(r: Reservation) -> tuple[Any, ...]:
     flags = (r.open, r.settled, r.ended)
-    return (r.id, r.account, r.gateway_id, *_pair(r.charged), *flags, r.unsettled)
+    reported = (r.engine_us, r.weight_milli, r.raw_us, r.since_us)
+    return (r.id, r.account, r.gateway_id, *_pair(r.charged), *flags, r.unsettled, *reported)
 
 
 def _lease_row(v: Lease) -> tuple[Any, ...]:

@@ -34,6 +34,8 @@ class Waiter:
     done: asyncio.Future[None]
     until_s: float
     """When to give up waiting for what others give back."""
+    first: bool
+    """It is a new request, not a running answer's next chunk."""
     asked: int = 0
     """Renewal that asked for it; 0 while none did."""
     answered: bool = False

@@ -12,15 +12,21 @@ from tests.docs.pages import ROOT, blocks
 
 def test_the_control_plane_can_be_pinned_to_a_node(tmp_path: Path) -> None:
     """As ``cluster.md`` says, on a cluster of one node."""
-    (block,) = [b for b in blocks(ROOT / "docs/guides/cluster.md") if b.language == "python"]
-    assert 'address="auto"' in block.text
-    code = block.text.replace('address="auto"', 'address="local", include_dashboard=False')
+    start, end = [b for b in blocks(ROOT / "docs/guides/cluster.md") if b.language == "python"]
+    assert 'address="auto"' in start.text
+    assert 'ray.init(address="auto", namespace="gatehouse")' in end.text
+    code = start.text.replace(
+        'address="auto"', 'address="local", include_dashboard=False, namespace="gatehouse"'
+    )
     code += """
 from deployments.control_actor import ACTOR_NAME, NAMESPACE
 
 actor = ray.get_actor(ACTOR_NAME, NAMESPACE)
 print("epoch", ray.get(actor.epoch.remote()))
 """
+    # As after an upgrade: the detached actors are found and ended.
+    code += end.text.replace('ray.init(address="auto", namespace="gatehouse")', "")
+    code += 'print("left", ray.util.list_named_actors())'
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -31,5 +37,6 @@ print("epoch", ray.get(actor.epoch.remote()))
     )
     assert done.returncode == 0, done.stderr
     assert "epoch " in done.stdout
+    assert "left []" in done.stdout
     assert (tmp_path / "control" / "control.sqlite").exists()
     assert (tmp_path / "keys" / "pepper").stat().st_mode & 0o077 == 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 
+from deployments import audit_actors
 from deployments.audit_actors import ACTOR_PREFIX, get_or_start_sealer
 from governance.audit.writer import WalOptions
 from tests.unit.audit_kit import event, open_writer, sealed_records
@@ -100,6 +101,28 @@ def test_it_seals_and_ends_what_the_dead_left_open(
     ray.get(sealer.stop.remote())
     ends = [r for r in sealed_records(evidence) if r["event_type"] == "inference.aborted"]
     assert [r["parent_event_id"] for r in ends] == [decided]
+
+
+def test_one_of_another_deployment_is_replaced(
+    start: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wal = tmp_path / "state" / "wal"
+    old = start()
+    # Somebody who started later, with other code: the old one is older than that process.
+    monkeypatch.setattr(audit_actors, "_code", lambda: "other")
+    assert start()._actor_id == old._actor_id, "made after this process started"
+    monkeypatch.setattr(audit_actors, "_STARTED_US", audit_actors._now_us())
+    monkeypatch.setattr(audit_actors, "_code", lambda: "other still")
+    new = start()
+    assert new._actor_id != old._actor_id
+    assert start()._actor_id == new._actor_id
+    open_writer(wal).close_blocking()
+    until(lambda: not (wal / "gw-1").exists())
+    # One that has stopped seals nothing, whoever made it.
+    ray.get(new.stop.remote())
+    third = start()
+    assert third._actor_id != new._actor_id
+    assert ray.get(third.status.remote()).running
 
 
 def test_it_comes_back_by_itself(start: Callable[[], Any], tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ from governance.audit.content import (
     seal_cell,
     unpack_cell,
 )
-from governance.audit.keystore import DataKey, FileKeystore, KeyScope, KeystoreError
+from governance.audit.keystore import (
+    TRUST_S,
+    DataKey,
+    FileKeystore,
+    KeyScope,
+    KeystoreError,
+)
 from tests.unit.audit_kit import FailingFiles, Killed, no_space, now_us, without_syncs
 
 SCOPE = KeyScope("hr", "someone", "2026-01")
@@ -164,6 +170,37 @@ class TestKeystore:
         with pytest.raises(KeystoreError, match="destroyed"):
             keys.by_id(key.id)
         assert keys.data_key(SCOPE).id != key.id
+
+    def test_a_running_process_stops_using_a_destroyed_key(self, tmp_path: Path) -> None:
+        now_s = [0.0]
+        keys = FileKeystore(tmp_path / "keys", clock=now_us, monotonic=lambda: now_s[0])
+        key = keys.data_key(SCOPE)
+        now_s[0] += TRUST_S
+        assert keys.cached(SCOPE) is key
+        now_s[0] += 0.1
+        assert keys.cached(SCOPE) is None, "its file has to be seen again"
+        assert keys.data_key(SCOPE) is key
+        assert keys.cached(SCOPE) is key
+        for path in (tmp_path / "keys").rglob("*"):
+            if path.is_file() and "kek" not in path.parts:
+                path.unlink()
+        now_s[0] += TRUST_S + 0.1
+        assert keys.cached(SCOPE) is None
+        made = keys.data_key(SCOPE)
+        assert made.id != key.id
+        with pytest.raises(KeystoreError, match="destroyed"):
+            keys.by_id(key.id)
+        assert keys.by_id(made.id).id == made.id
+
+    def test_a_key_that_was_opened_to_others_is_not_used(self, tmp_path: Path) -> None:
+        now_s = [0.0]
+        keys = FileKeystore(tmp_path / "keys", clock=now_us, monotonic=lambda: now_s[0])
+        keys.data_key(SCOPE)
+        (path,) = (p for p in (tmp_path / "keys" / "dek").rglob("*") if p.is_file())
+        path.chmod(0o644)
+        now_s[0] += TRUST_S + 0.1
+        with pytest.raises(KeystoreError, match="chmod 600"):
+            keys.data_key(SCOPE)
 
     def test_many_at_once_agree(self, tmp_path: Path) -> None:
         stores = [FileKeystore(tmp_path / "keys", clock=now_us) for _ in range(8)]

@@ -475,6 +475,31 @@ def test_a_bomb_is_stopped(trail: Trail) -> None:
     assert not [t for t in threading.enumerate() if t.name == "sql-time-limit"]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT length(repeat('x', 3000000000))",
+        "SELECT 'x'.REPEAT(3000000000)",
+        "SELECT system.main.\"lpad\"('x', 2000000000, 'y')",
+        "SELECT list_transform([1000000000], lambda x: rpad('x', x, 'y'))",
+        "SELECT len(range(3000000000))",
+        "SELECT * FROM unnest(generate_series(1, 3000000000))",
+        "SELECT * FROM range(1, length(repeat('x', 99)))",
+        "SELECT printf('%2000000000d', 1)",
+        "SELECT format('{:2000000000}', 1)",
+        "SELECT bitstring('0', 2000000000)",
+        "SELECT list_resize([1], 2000000000)",
+        "SELECT count(*) FILTER (WHERE lpad('x', 4, 'z') = '') FROM audit",
+        "SELECT 1 FROM audit ORDER BY repeat('x', 4)",
+        "SELECT write_log('x')",
+        "SELECT getvariable('x')",
+    ],
+)
+def test_values_of_any_length_and_effects_are_not_taken(sql: str) -> None:
+    with pytest.raises(NotASelect, match="not permitted"):
+        check_select(sql)
+
+
 def test_memory_is_bounded(trail: Trail) -> None:
     with (
         connect(trail.evidence, trail.state, memory_limit="50MB") as connection,

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import governance.audit.seal
 from governance.audit.canonical import canonical_bytes, complete
 from governance.audit.content import joined_commit, seal_cell
 from governance.audit.cursor import CURSOR_NAME
@@ -72,7 +73,7 @@ def die(sealer: Sealer) -> None:
 
 def kill(writer: AuditWriter) -> None:
     """Let the log's lock go without an end, as a killed process does."""
-    writer._break(Killed())
+    writer._thread.fail(Killed())
     writer.close_blocking()
 
 
@@ -85,14 +86,14 @@ class TestLiving:
         self, wal: Path, evidence: Path
     ) -> None:
         writer = open_writer(wal, options=SMALL)
-        ids = fill(writer, 20)
+        ids = fill(writer, 21)
         report = seal(wal, evidence)
         assert report.segments >= 2
         assert not report.faults
         assert not report.adopted
         sealed = [r["event_id"] for r in sealed_records(evidence)]
         assert sealed[1:] == ids[: len(sealed) - 1]
-        assert len(sealed) == report.records < 21
+        assert len(sealed) == report.records < 22
         writer.close_blocking()
         report = seal(wal, evidence)
         assert report.adopted == ["gw-1"]
@@ -346,6 +347,52 @@ class TestAttacks:
         path = segment_files(wal / "gw-1")[0][2]
         self.refuses(wal, evidence, path, "sealed under its name")
         assert len(sealed_records(evidence)) == 5
+
+
+class TestOneWriterAlone:
+    @pytest.mark.parametrize(
+        "manifest", [b"{}", b"[]", b"null", b"{", b'{"epoch":1,"files":7}'], ids=repr
+    )
+    def test_a_manifest_that_is_none(self, wal: Path, evidence: Path, manifest: bytes) -> None:
+        for name in ("gw-a", "gw-b"):
+            open_writer(wal, name).close_blocking()
+        folder = evidence / "audit" / "manifests" / "gw-a"
+        folder.mkdir(parents=True)
+        (folder / "000001-000000001.json").write_bytes(manifest)
+        report = seal(wal, evidence)
+        assert report.adopted == ["gw-b"]
+        assert ["gw-a" in fault.reason for fault in report.faults] == [True]
+        assert (wal / "gw-a").exists()
+
+    def test_what_nobody_thought_of(
+        self,
+        wal: Path,
+        evidence: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        for name in ("gw-a", "gw-b"):
+            open_writer(wal, name).close_blocking()
+        check = governance.audit.seal.check_segment
+
+        def fail(segment: Any, *rest: Any) -> Any:
+            if segment.header.writer_id == "gw-a":
+                raise RuntimeError("the-secret")
+            return check(segment, *rest)
+
+        monkeypatch.setattr("governance.audit.seal.check_segment", fail)
+        sealer = Sealer(wal, evidence, now_us)
+        for _ in range(2):
+            report = sealer.seal_once()
+            ((path, reason),) = [(fault.path, fault.reason) for fault in report.faults]
+            assert path == str(wal / "gw-a")
+            assert reason == "unexpected: RuntimeError"
+        assert not (wal / "gw-b").exists()
+        assert "the-secret" not in caplog.text
+        monkeypatch.undo()
+        without_syncs(monkeypatch)
+        assert sealer.seal_once().adopted == ["gw-a"]
+        sealer.close()
 
 
 class TestQuarantine:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import os
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,20 @@ from typing import Any
 import orjson
 import pytest
 
+from governance.audit.answers import LARGE_PART_BYTES, PART_BYTES
 from governance.audit.content import Cell, joined_commit, open_cell, unpack_cell
 from governance.audit.frames import FrameType
 from governance.audit.keystore import DataKey, FileKeystore, KeyScope, KeystoreError
 from governance.audit.record import check_record
+from governance.audit.refusals import (
+    ANONYMOUS_PER_S,
+    CALLERS,
+    CELLS_PER_S,
+    RECORDS_PER_S,
+    Refusals,
+)
 from governance.audit.segments import read_records, read_segment, segment_files
-from governance.audit.turns import ANONYMOUS_PER_S, PART_BYTES, TurnAudit
+from governance.audit.turns import TurnAudit
 from governance.audit.writer import AuditWriter
 from governance.errors import AuditUnavailable
 from governance.types import (
@@ -37,7 +50,14 @@ from governance.types import (
     Turn,
     Usage,
 )
-from tests.unit.audit_kit import FailingFiles, io_error, now_us, open_writer, without_syncs
+from tests.unit.audit_kit import (
+    FailingFiles,
+    io_error,
+    no_space,
+    now_us,
+    open_writer,
+    without_syncs,
+)
 
 SECRET = "the-secret-of-the-prompt"
 ANSWER = b'data: {"choices":[{"delta":{"content":"the-secret-of-the-answer"}}]}\n\n'
@@ -316,6 +336,172 @@ class TestRefusals:
         assert any(r["reason_code"] == "suppressed" for r in rig.records())
         assert rig.audit.suppressed == 0
 
+    async def test_a_flood_of_one_caller_is_bounded_and_counted(self, rig: Rig) -> None:
+        other = new_turn(principal=principal(key="other"), body=b"{}")
+        for _ in range(500):
+            await rig.audit.completed(end(new_turn(body=b"{}"), Outcome.REFUSED, 403))
+        await rig.audit.completed(end(other, Outcome.REFUSED, 403))
+        await rig.audit.close()
+        found = rig.records()
+        details = [orjson.loads(r["detail"] or "{}") for r in found]
+        own = sum(1 for r in found if r["reason_code"] != "suppressed")
+        assert RECORDS_PER_S < own < RECORDS_PER_S * 4
+        assert own + sum(detail.get("suppressed", 0) for detail in details) == 501
+        left_out = sum(detail.get("content") == "left_out" for detail in details)
+        kept = {cell.event_id for cell in rig.cells()}
+        assert CELLS_PER_S < len(kept) == own - left_out < CELLS_PER_S * 4
+        assert {r["subject_key"] for r in found} == {"pseudonym", "other"}
+        assert next(r for r in found if r["subject_key"] == "other")["prompt_commit"]
+
+    async def test_content_of_refusals_is_bounded_in_bytes(self, rig: Rig) -> None:
+        for _ in range(5):
+            turn = new_turn(body=os.urandom(5 << 20))
+            await rig.audit.completed(end(turn, Outcome.REFUSED, 403))
+        assert len(rig.records()) == 5
+        assert [cell.size_bytes for cell in rig.cells()] == [5 << 20]
+        assert [r["detail"] for r in rig.records()][1:] == ['{"content":"left_out"}'] * 4
+
+    @pytest.mark.parametrize(
+        "code", ["rate_limit_exceeded", "too_many_parallel_requests", "model_not_found"]
+    )
+    async def test_what_costs_nothing_to_be_refused_leaves_no_content(
+        self, rig: Rig, code: str
+    ) -> None:
+        turn = new_turn(error_code=code)
+        await rig.audit.completed(end(turn, Outcome.REFUSED, 429))
+        assert rig.cells() == []
+        assert rig.records()[0]["error_code"] == code
+
+    def test_memory_for_callers_is_bounded(self) -> None:
+        refusals = Refusals(now_us)
+        refusals.caller(principal(key="first")).suppressed = 3
+        for index in range(CALLERS + 5):
+            refusals.caller(principal(key=str(index)))
+        assert len(refusals._named) == CALLERS
+        assert refusals.suppressed == 3
+        assert refusals.caller(None).suppressed == 3
+
+
+class TestLargePieces:
+    async def test_the_event_loop_goes_on(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads = []
+        seal = rig.audit._cells.seal
+
+        def watched(*args: Any) -> Cell:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return seal(*args)
+
+        monkeypatch.setattr(rig.audit._cells, "seal", watched)
+        turn = new_turn()
+        await rig.audit.decided(turn)
+        threads.clear()
+        body = os.urandom(LARGE_PART_BYTES * 3 + 5)
+        rig.audit.output(turn, body)
+        rig.audit.output(turn, b"behind")
+        rig.audit.output(turn, b"it")
+        assert threads == []
+        await rig.audit.completed(end(turn))
+        assert threads == [False] * 4
+        cells = rig.cells()[1:]
+        assert [cell.part for cell in cells] == list(range(4))
+        assert b"".join(rig.opened(cell) for cell in cells) == body + b"behindit"
+        assert max(cell.size_bytes for cell in cells) == LARGE_PART_BYTES
+        record = rig.records()[1]
+        assert record["response_commit"] == joined_commit(cell.commit for cell in cells)
+        assert record["outcome"] == "completed"
+
+    async def test_a_loss_in_the_thread_is_a_loss(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        turn = new_turn()
+        await rig.audit.decided(turn)
+
+        def fail(*args: Any) -> Cell:
+            raise MemoryError
+
+        monkeypatch.setattr(rig.audit._cells, "seal", fail)
+        rig.audit.output(turn, bytes(LARGE_PART_BYTES))
+        with pytest.raises(AuditUnavailable):
+            await rig.audit.completed(end(turn))
+        assert rig.records()[1]["detail"] == '{"output":"incomplete"}'
+
+    async def test_noise_is_not_deflated(self, rig: Rig) -> None:
+        for body, encoding in (
+            (base64.b64encode(os.urandom(150_000)), "identity"),
+            (os.urandom(200_000), "identity"),
+            (b'{"text":"the same again"}' * 8000, "deflate"),
+        ):
+            turn = new_turn(body=body)
+            await rig.audit.decided(turn)
+            cell = rig.cells()[-1]
+            assert cell.encoding == encoding
+            assert rig.opened(cell) == body
+            await rig.audit.completed(end(turn))
+
+
+class TestEndsThatDoNotFit:
+    @pytest.mark.parametrize("pause_s", [0.0, 0.3], ids=["at once", "seen before the end"])
+    async def test_an_end_does_not_claim_what_was_lost(self, rig: Rig, pause_s: float) -> None:
+        turn = new_turn()
+        await rig.audit.decided(turn)
+        rig.files.fail = lambda name, _index: no_space() if name == "zero" else None
+        with contextlib.suppress(AuditUnavailable):  # Where the loss is seen that soon.
+            for _ in range(4):
+                rig.audit.output(turn, os.urandom(90_000))
+            rig.audit.output(turn, b"tail")
+        await asyncio.to_thread(time.sleep, pause_s)
+        with pytest.raises(AuditUnavailable):
+            await rig.audit.completed(end(turn))
+        assert turn.outcome is Outcome.FAILED, "observers are told the same"
+        rig.files.fail = lambda name, _index: None
+        record = await self.the_end(rig)
+        assert record["outcome"] == "failed"
+        assert record["status"] == 503
+        assert record["error_code"] == "audit_unavailable"
+        assert record["detail"] == '{"output":"incomplete"}'
+
+    async def test_an_end_is_written_when_there_is_room(self, rig: Rig) -> None:
+        turns = [new_turn() for _ in range(3)]
+        for turn in turns:
+            await rig.audit.decided(turn)
+        rig.files.fail = lambda name, _index: no_space() if name == "zero" else None
+        for turn in turns:
+            rig.audit.output(turn, os.urandom(90_000)[:60_000])
+            # Larger than what was zeroed ahead.
+            turn.finish_reason = "x" * 600_000
+            with pytest.raises(AuditUnavailable):
+                await rig.audit.completed(end(turn))
+        assert len(rig.audit._unwritten) == 3
+        await asyncio.sleep(0.2)
+        assert len(rig.audit._unwritten) == 3
+        rig.files.fail = lambda name, _index: None
+        record = await self.the_end(rig)
+        assert (record["outcome"], record["status"]) == ("failed", 503)
+        assert record["detail"] is None
+        await rig.audit._unwritten.close()
+        ends = [r for r in rig.records() if r["event_type"] == "inference.completed"]
+        assert {r["parent_event_id"] for r in ends} == {t.decided_event_id for t in turns}
+        assert len(ends) == 3
+        assert [c.kind for c in rig.cells()].count("output") == 3, "what was released is there"
+
+    async def test_what_does_not_fit_memory_is_left_to_the_sealer(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("governance.audit.unwritten.MOST_ENDS", 1)
+        for _ in range(3):
+            rig.audit._unwritten.keep({"request_id": "r"}, ())
+        assert len(rig.audit._unwritten) == 1
+        rig.audit._unwritten._ends.clear()
+
+    async def the_end(self, rig: Rig) -> dict[str, Any]:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for record in rig.records():
+                if record["event_type"] == "inference.completed":
+                    return record
+            await asyncio.sleep(0.05)
+        raise AssertionError("no end")
+
 
 class TestFailure:
     async def test_no_room_refuses_before_anything(
@@ -356,16 +542,17 @@ class TestFailure:
         assert rig.records()[1]["detail"] == '{"output":"incomplete"}'
 
     async def test_a_key_that_cannot_be_had(
-        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         def fail(scope: KeyScope) -> DataKey:
-            raise KeystoreError("no")
+            raise KeystoreError("dek/x: others have access; chmod 600 dek/x")
 
         monkeypatch.setattr(rig.keys, "data_key", fail)
-        turn = new_turn()
-        with pytest.raises(AuditUnavailable):
-            await rig.audit.decided(turn)
+        for _ in range(3):
+            with pytest.raises(AuditUnavailable):
+                await rig.audit.decided(new_turn())
         assert rig.records() == []
+        assert caplog.text.count("chmod 600 dek/x") == 1, "said, and not for each request"
 
     async def test_a_caller_that_hangs_up_while_it_is_decided(self, rig: Rig) -> None:
         rig.keys.data_key(KeyScope.of("hr", "pseudonym", now_us()))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from governance.audit.canonical import NO_HASH
-from governance.audit.files import Locked
+from governance.audit.files import Locked, take_lock
 from governance.audit.record import check_record
 from governance.audit.room import Room
 from governance.audit.segments import WalFault, read_records, read_segment, segment_files
@@ -216,6 +216,72 @@ class TestFailure:
         assert all(isinstance(result, AuditUnavailable) for result in results)
         await writer.close()
         assert not {"write", "sync"} & set(files.calls[calls:])
+
+    def test_a_broken_writer_holds_its_lock_until_it_is_closed(self, tmp_path: Path) -> None:
+        files = FailingFiles()
+        writer = open_writer(tmp_path, files=files)
+        files.fail = lambda name, _index: io_error() if name == "sync" else None
+        with pytest.raises(AuditUnavailable):
+            writer.write_blocking(event("budget.set"))
+        deadline = time.monotonic() + 10
+        while writer._thread._wal._descriptor >= 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert writer._thread._wal._descriptor == -1, "the segment is given up"
+        lock = tmp_path / "gw-1" / "lock"
+        with pytest.raises(Locked):
+            take_lock(lock)
+        writer.close_blocking()
+        os.close(take_lock(lock))
+        assert len(segment_files(tmp_path / "gw-1")) == 1, "what was made ahead is removed"
+
+    async def test_a_condition_is_asked_behind_what_was_put_before(self, tmp_path: Path) -> None:
+        files = FailingFiles()
+        writer = open_writer(tmp_path, files=files, options=SMALL)
+        lost: list[int] = []
+        files.fail = lambda name, _index: no_space() if name == "zero" else None
+        reached, gate = threading.Event(), threading.Event()
+
+        def hold(name: str, _index: int) -> BaseException | None:
+            if name == "sync" and not reached.is_set():
+                reached.set()
+                gate.wait(10)
+            return no_space() if name == "zero" else None
+
+        files.fail = hold
+        first = asyncio.create_task(writer.write(event("budget.set")))
+        await asyncio.to_thread(reached.wait, 10)
+        writer.post(event("budget.set", detail="x" * 1_000_000), lost=lambda: lost.append(1))
+        end = asyncio.create_task(
+            writer.write(event("inference.completed"), unless=lambda: bool(lost))
+        )
+        await asyncio.sleep(0)
+        gate.set()
+        await first
+        with pytest.raises(AuditUnavailable):
+            await end
+        assert lost == [1]
+        await writer.close()
+        assert "inference.completed" not in {r["event_type"] for r in records(tmp_path)}
+
+    async def test_ends_have_places_of_their_own_in_the_queue(self, tmp_path: Path) -> None:
+        files = FailingFiles()
+        options = WalOptions(segment_age_us=10**12, queue_records=8, kept_for_ends=0.25)
+        writer = open_writer(tmp_path, files=files, options=options)
+        gate = threading.Event()
+
+        def wait(name: str, _index: int) -> None:
+            if name == "sync":
+                gate.wait(10)
+
+        files.fail = wait
+        tasks = [asyncio.create_task(writer.write(event("budget.set"))) for _ in range(20)]
+        tasks += [asyncio.create_task(writer.write(event("inference.completed"))) for _ in "123"]
+        await asyncio.sleep(0.1)
+        assert [task.done() for task in tasks[-3:]] == [False, False, True]
+        gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(result, str) for result in results) == 6 + 2
+        await writer.close()
 
     async def test_no_room_refuses_and_recovers(self, tmp_path: Path) -> None:
         files = FailingFiles()

@@ -6,9 +6,19 @@ import asyncio
 
 import pytest
 
+from governance.budget import leases
+from governance.budget.checks import MOST
 from governance.budget.leases import LeaseBook
 from governance.budget.messages import RenewReply, RenewRequest
-from governance.errors import BudgetExhausted, LedgerUnavailable, NoAccount
+from governance.errors import (
+    BudgetExhausted,
+    GatehouseError,
+    InternalError,
+    InvalidRequest,
+    LedgerUnavailable,
+    NoAccount,
+    Overloaded,
+)
 from governance.types import Amount, Usage
 from tests.budget_world import World, ask, config, report, row, run
 
@@ -382,5 +392,274 @@ def test_after_close_nothing_is_reserved() -> None:
             await book.close()
             with pytest.raises(LedgerUnavailable):
                 await book.reserve(ask(max_tokens=20))
+
+    run(main)
+
+
+# Renewals that the ledger rejects
+
+
+def test_impossible_requests_fail_alone() -> None:
+    async def main() -> None:
+        limits = {"gpu_seconds": 3600}
+        with World(config(hr=limits, it=limits)) as world:
+            book = world.book()
+            (await book.reserve(ask("it"))).settle(Usage(10, 20), 5)
+            huge = ask("hr", max_tokens=10_000_000, choices=128, prompt_bytes=1000)
+            attempts = [asyncio.create_task(book.reserve(huge)) for _ in range(20)]
+            for outcome in await asyncio.gather(*attempts, return_exceptions=True):
+                assert isinstance(outcome, BudgetExhausted)
+            for _ in range(3):
+                (await book.reserve(ask("it"))).settle(Usage(10, 20), 5)
+                await asyncio.sleep(5)
+            assert book.stats.rejections == book.stats.unsent == 0
+            await book.close()
+            assert world.ledger.state("it")[0].spent.tokens == 4 * 30
+
+    run(main)
+
+
+def test_no_ask_is_more_than_the_ledger_takes() -> None:
+    async def main() -> None:
+        with World(config(hr={"gpu_seconds": 10**10})) as world:
+            book = world.book()
+            await asyncio.gather(book.reserve(ask()), return_exceptions=True)
+            line = book._lines["hr"]
+            line.open_us = line._last_us = 1 << 60
+            (found,) = book.asks(7)
+            assert found.open.gpu_us == found.cushion.gpu_us == MOST
+            line.open_us = 0
+            await book.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("department", ["", "R&D", "a b", "hr\n", "x" * 300, "-x"])
+def test_a_department_that_cannot_be_an_account_is_not_asked_for(department: str) -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 1000})) as world:
+            book = world.book()
+            assert book.usage(department) is None
+            with pytest.raises(NoAccount):
+                await book.reserve(ask(department))
+            await book.reserve(ask("hr"))
+            assert book.stats.rejections == 0
+            await book.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("bad", [{1}, {64}, {7, 8, 50}])
+@pytest.mark.parametrize("error", [InvalidRequest, InternalError])
+def test_a_settlement_that_is_rejected_holds_no_other_up(
+    bad: set[int], error: type[GatehouseError], caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = {f"rsv_g1_{number}" for number in bad}
+
+    async def main() -> None:
+        with World(config(hr={"tokens": 1_000_000}, it={"tokens": 1_000})) as world:
+
+            async def strict(request: RenewRequest) -> RenewReply:
+                if ids & {said.reservation_id for said in request.settlements}:
+                    raise error
+                return await world.renew(request)
+
+            book = world.book(renew=strict)
+            holds = [await book.reserve(ask(max_tokens=20)) for _ in range(64)]
+            for hold in holds:
+                hold.settle(Usage(10, 20), 5)
+            began = world.monotonic()
+            (await book.reserve(ask("it", max_tokens=20))).settle(Usage(10, 20), 5)
+            assert world.monotonic() - began < 1.0
+            await asyncio.sleep(30)
+            assert book.stats.given_up == len(bad)
+            assert book.stats.unsent == 0
+            line = book._lines["hr"]
+            assert (line.open_tokens, line.pending_tokens) == (0, 0)
+            await book.close()
+            assert world.ledger.state("hr")[0].spent.tokens == (64 - len(bad)) * 30
+            assert world.ledger.state("it")[0].spent.tokens == 30
+
+    run(main)
+    for name in ids:
+        assert name in caplog.text
+
+
+def test_a_rejection_that_passes_loses_no_settlement() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 1_000_000})) as world:
+            rejections = 2
+
+            async def shaky(request: RenewRequest) -> RenewReply:
+                nonlocal rejections
+                if request.settlements and rejections:
+                    rejections -= 1
+                    raise InternalError
+                return await world.renew(request)
+
+            book = world.book(renew=shaky)
+            (await book.reserve(ask(max_tokens=20))).settle(Usage(10, 20), 5)
+            await asyncio.sleep(10)
+            assert (book.stats.given_up, book.stats.unsent) == (0, 0)
+            await book.close()
+            assert world.ledger.state("hr")[0].spent.tokens == 30
+
+    run(main)
+
+
+def test_who_waits_for_a_renewal_that_is_always_rejected_is_refused() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 1_000})) as world:
+
+            async def never(_: RenewRequest) -> RenewReply:
+                await asyncio.sleep(0.001)
+                raise InternalError
+
+            book = world.book(renew=never)
+            with pytest.raises(LedgerUnavailable):
+                await book.reserve(ask())
+            assert world.monotonic() < 1000.5
+            await book.close()
+
+    run(main)
+
+
+def test_after_a_lost_answer_and_a_rejection_no_old_lease_is_used() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 10_000})) as world:
+            mood = ""
+
+            async def moody(request: RenewRequest) -> RenewReply:
+                nonlocal mood
+                reply = await world.renew(request)
+                if mood == "lose":
+                    mood = "reject"
+                    raise ConnectionError
+                if mood == "reject":
+                    mood = "down"
+                    raise InternalError
+                if mood == "down":
+                    raise ConnectionError
+                return reply
+
+            book = world.book(renew=moody)
+            (await book.reserve(ask(max_tokens=50))).settle(Usage(10, 50), 5)
+            await asyncio.sleep(2)
+            assert book.stats.leases == 1
+            mood = "lose"
+            await asyncio.sleep(2)
+            assert mood == "down"
+            assert book.stats.leases == 0
+            mood = ""
+            await asyncio.sleep(2)
+            assert book.stats.leases == 1
+            await book.close()
+
+    run(main)
+
+
+# A crowd
+
+
+async def crowd(book: LeaseBook, count: int, max_tokens: int) -> list[asyncio.Task[object]]:
+    made = [asyncio.create_task(book.reserve(ask(max_tokens=max_tokens))) for _ in range(count)]
+    await asyncio.sleep(0)
+    return list(made)
+
+
+def test_what_many_give_back_in_one_turn_is_offered_once() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 3_000})) as world:
+            book = world.book()
+            holds = [await book.reserve(ask(max_tokens=20)) for _ in range(3)]
+            tasks = await crowd(book, 200, 2_900)
+            await asyncio.sleep(0.02)
+            line = book._lines["hr"]
+            waiting = len(line.waiters)
+            assert waiting > 100
+            tried = 0
+            for waiter in line.waiters:
+                attempt = waiter.attempt
+
+                def counted(level: object, attempt: object = attempt) -> bool:
+                    nonlocal tried
+                    tried += 1
+                    return attempt(level)  # type: ignore[operator]
+
+                waiter.attempt = counted
+            for _ in range(500):
+                book.freed(line)
+            assert tried == 0
+            await asyncio.sleep(0)
+            assert 0 < tried <= 3, "new requests wait behind the first that does not fit"
+            for hold in holds:
+                hold.settle(Usage(10, 20), 5)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await book.close()
+
+    run(main)
+
+
+def test_a_crowd_at_one_account_is_bounded_and_leaves_others_alone() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 1_000_000}, it={"tokens": 1_000})) as world:
+            book = world.book()
+            tasks = await crowd(book, leases.MAX_WAITERS + 50, 20)
+            assert len(book._lines["hr"].waiters) == leases.MAX_WAITERS
+            await book.reserve(ask("it", max_tokens=20))
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            refused = [found for found in outcomes if isinstance(found, Exception)]
+            assert len(refused) == 50
+            assert all(isinstance(error, Overloaded) for error in refused)
+            assert {error.retry_after_s for error in refused} == {1}
+            assert len(book._lines["hr"].waiters) == 0
+            await book.close()
+
+    run(main)
+
+
+def test_one_more_than_may_wait_hears_that_the_budget_is_too_small() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 3_000})) as world:
+            book = world.book()
+            await book.reserve(ask(max_tokens=20))
+            other = world.book("g2")
+            hold = await other.reserve(ask(max_tokens=2_000))
+            tasks = await crowd(book, leases.MAX_WAITERS, 2_000)
+            await asyncio.sleep(0)
+            assert len(book._lines["hr"].waiters) == leases.MAX_WAITERS
+            with pytest.raises(BudgetExhausted):
+                await book.reserve(ask(max_tokens=100_000))
+            hold.settle(None, None)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await book.close()
+            await other.close()
+
+    run(main)
+
+
+def test_a_running_answer_is_served_past_new_requests_that_do_not_fit() -> None:
+    async def main() -> None:
+        with World(config(hr={"tokens": 5_000})) as world:
+            book = world.book()
+            running = await book.reserve(ask(max_tokens=300))
+            await running.started(PROMPT)
+            other = await book.reserve(ask(max_tokens=100))
+            line = book._lines["hr"]
+            tasks = await crowd(book, 3, 100_000)
+            line.hold_tokens = line.open_tokens
+            running.consumed(running.reservation.reserved.tokens, 0)
+            extending = asyncio.create_task(running.extend())
+            await asyncio.sleep(0)
+            assert not extending.done()
+            other.settle(Usage(5, 5), 0)
+            line.confirm(Amount(0, 10))
+            line.hold_tokens += 1_000
+            book.freed(line)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert extending.done()
+            await asyncio.gather(*tasks, extending, return_exceptions=True)
+            await book.close()
 
     run(main)

@@ -581,3 +581,193 @@ def test_another_window_in_the_file_keeps_what_was_spent(tmp_path: Path) -> None
     assert (state.window, state.spent.tokens, state.limit_tokens) == ("month", 70, 100)
     assert len(desk.events(EventType.BUDGETS_LOADED)) == 2
     desk.ledger._store.close()
+
+
+# Devices of several kinds
+
+
+RESERVATION_1 = """
+    CREATE TABLE reservation (
+      n          INTEGER PRIMARY KEY,      -- in order of first report
+      id         TEXT NOT NULL UNIQUE,     -- a second report of the same changes the first's row
+      account    TEXT NOT NULL,
+      gateway_id TEXT NOT NULL,
+      gpu_us     INTEGER NOT NULL,         -- charged: the largest figure of all reports
+      tokens     INTEGER NOT NULL,
+      open       INTEGER NOT NULL,         -- 1: its gateway's lease lives, and it is not settled
+      settled    INTEGER NOT NULL,         -- 1: its gateway reported it
+      ended      INTEGER NOT NULL,         -- 1: its engine was through with it
+      unsettled  TEXT,                     -- audit event to write if the gateway never settles it
+      changed_us INTEGER NOT NULL          -- by the age of the file, see BudgetLedger
+    ) STRICT
+    """
+"""The table as version 1 of the file had it."""
+KINDS = {"L4": 0.25, "H100": 4}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Iterator[Desk]:
+    """Two kinds of device may serve a model."""
+    accounts = {"hr": {"window": "day", "gpu_seconds": 1000, "tokens": 10_000}}
+    desk = Desk(
+        tmp_path,
+        BudgetsConfig.model_validate({"accounts": accounts, "accelerators": KINDS}),
+    )
+    yield desk
+    desk.ledger._store.close()
+
+
+def guessed(raw_us: int | None, weight: float = 4) -> Settlement:
+    """Settled at the weight that the gateway took it to be."""
+    used = Amount(round((raw_us or 0) * weight), 15)
+    return replace(paid(), gpu_us=raw_us, used=used)
+
+
+@pytest.mark.parametrize("engine_first", [True, False])
+@pytest.mark.parametrize("weight", [0.25, 1, 4])
+def test_the_device_that_served_gives_the_weight(
+    mixed: Desk, engine_first: bool, weight: float
+) -> None:
+    mixed.ledger.report(report(replica_id="r2", accelerator="H100"))
+    mixed.renew(need=100)
+    served = report(row(1, answer=5, gpu_us=1_000_000, ended=True), accelerator="L4")
+    if engine_first:
+        mixed.ledger.report(served)
+    mixed.renew("g1", guessed(1_000_000, weight))
+    if not engine_first:
+        assert mixed.spent().gpu_us == round(1_000_000 * weight)
+        mixed.restart()
+        mixed.ledger.report(served)
+    assert mixed.spent() == Amount(250_000, 15)
+    assert mixed.ledger.totals()["hr"] == Amount(250_000, 15)
+    mixed.restart()
+    mixed.ledger.report(report(row(1, answer=5, gpu_us=999_999), seq=2, accelerator="L4"))
+    assert mixed.spent() == Amount(250_000, 15)
+
+
+def test_what_a_gateway_knows_holds_until_its_engine_says_as_much(mixed: Desk) -> None:
+    mixed.renew("g1", guessed(1_000_000))
+    mixed.ledger.report(report(row(1, answer=1, gpu_us=10_000), accelerator="L4"))
+    assert mixed.spent() == Amount(250_000, 15)
+    mixed.ledger.report(
+        report(row(1, answer=9, gpu_us=1_200_000, ended=True), seq=2, accelerator="L4")
+    )
+    assert mixed.spent() == Amount(300_000, 19)
+
+
+@pytest.mark.parametrize("settles_at", [0, 1, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_devices_the_one_that_worked_gives_the_weight(
+    mixed: Desk, settles_at: int, turned: bool
+) -> None:
+    tried = report(row(1, gpu_us=0), replica_id="r2", accelerator="H100")
+    served = report(row(1, answer=5, gpu_us=1_000_000, ended=True), accelerator="L4")
+    for step, message in enumerate([served, tried] if turned else [tried, served]):
+        if step == settles_at:
+            mixed.renew("g1", guessed(1_000_000))
+        mixed.ledger.report(message)
+    if settles_at == 2:
+        mixed.renew("g1", guessed(1_000_000))
+    assert mixed.spent().gpu_us == 250_000
+
+
+def test_a_lower_charge_returns_to_its_window_only(mixed: Desk) -> None:
+    mixed.renew("g1", guessed(1_000_000))
+    mixed.pass_s(86_400)
+    mixed.renew("g1", replace(guessed(2_000_000), reservation_id="rsv_g1_2"))
+    assert mixed.spent().gpu_us == 8_000_000
+    served = (row(1, gpu_us=1_000_000, ended=True), row(2, gpu_us=2_000_000, ended=True))
+    mixed.ledger.report(report(*served, accelerator="L4"))
+    assert mixed.spent().gpu_us == 500_000
+    assert mixed.ledger.totals()["hr"].gpu_us == 750_000
+
+
+def test_a_lower_charge_within_a_lease_frees_nothing_twice(mixed: Desk) -> None:
+    mixed.renew(need=100)
+    mixed.ledger.report(report(row(1, gpu_us=0), replica_id="r2", accelerator="H100"))
+    mixed.ledger.report(report(row(1, gpu_us=400_000), accelerator="L4"))
+    lease = mixed.ledger._books.state.leases["g1", "hr"]
+    assert lease.open_spent == Amount(100_000, 10)
+    mixed.renew("g1", guessed(400_000))
+    mixed.renew()
+    assert mixed.ledger.committed("hr") == mixed.spent() == Amount(100_000, 15)
+
+
+def test_gateways_reserve_for_the_dearest_device(mixed: Desk) -> None:
+    for seq in range(1, 4):
+        mixed.ledger.report(report(replica_id="r2", seq=seq, accelerator="H100"))
+        mixed.ledger.report(report(replica_id="r1", seq=seq, accelerator="L4"))
+    (price,) = mixed.renew(need=1).prices
+    assert price.weight_milli == 4000
+    mixed.ledger.report(report(replica_id="r2", seq=4, accelerator="H100", dead=True))
+    mixed.pass_s(1)
+    mixed.ledger.report(report(replica_id="r1", seq=4, accelerator="L4"))
+    (price,) = mixed.renew(need=1).prices
+    assert price.weight_milli == 250
+
+
+def test_a_file_of_the_version_before_is_taken_over(desk: Desk) -> None:
+    desk.renew(need=500)
+    desk.ledger.report(report(row(1, answer=40, gpu_us=700)))
+    desk.ledger.close()
+    with sqlite3.connect(desk.path) as file:
+        file.execute("ALTER TABLE reservation RENAME TO new")
+        file.execute(RESERVATION_1)
+        file.execute(
+            "INSERT INTO reservation SELECT n, id, account, gateway_id, gpu_us, tokens, open,"
+            " settled, ended, unsettled, changed_us FROM new"
+        )
+        file.execute("DROP TABLE new")
+        file.execute("UPDATE schema_version SET version = 1")
+    file.close()
+    desk.open()
+    desk.ledger.report(report(row(1, answer=50, gpu_us=900, ended=True), seq=2))
+    assert desk.spent() == Amount(900, 60)
+    desk.restart()
+    assert desk.spent() == Amount(900, 60)
+
+
+# A lease that ended while an answer ran
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_lease_that_starts_anew_locks_nothing_up(desk: Desk, restarts: bool) -> None:
+    desk.renew(need=500)
+    desk.renew(open=500)
+    desk.ledger.report(report(row(1, prompt=10, answer=390)))
+    desk.pass_s(11)
+    desk.ledger.sweep()
+    assert desk.ledger._books.state.leases == {}
+    desk.renew(open=500)
+    if restarts:
+        desk.restart()
+    desk.ledger.report(report(row(1, prompt=10, answer=400), seq=2))
+    if restarts:
+        desk.restart()
+    lease = desk.ledger._books.state.leases["g1", "hr"]
+    assert lease.open_spent == Amount(0, 410)
+    assert desk.ledger.committed("hr").tokens == 500
+    desk.renew("g1", paid(tokens=410))
+    reply = desk.renew(need=9_590)
+    assert reply.leases[0].hold == Amount(0, 9_590)
+    assert desk.ledger.committed("hr").tokens == LIMIT.tokens
+
+
+# Names that nobody uses
+
+
+def test_looking_at_an_account_makes_none(tmp_path: Path) -> None:
+    budgets = BudgetsConfig.model_validate({"default_account": {"tokens": 500}})
+    desk = Desk(tmp_path, budgets)
+    for number in range(20):
+        (state,) = desk.ledger.state(f"nobody-{number}")
+        assert (state.limit_tokens, state.spent) == (500, Amount())
+    assert desk.ledger.state() == ()
+    (row_count,) = desk.ledger._store._connection.execute("SELECT count(*) FROM account").fetchone()
+    assert row_count == 0
+    expires_us = desk.now_us + DAY_US
+    desk.ledger.set_override("nobody-1", None, 7, expires_us, "k", "why")
+    assert [state.limit_tokens for state in desk.ledger.state()] == [7]
+    desk.renew(account="nobody-2", need=5)
+    assert [state.account for state in desk.ledger.state()] == ["nobody-1", "nobody-2"]
+    desk.ledger._store.close()

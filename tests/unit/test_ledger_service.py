@@ -9,21 +9,24 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deployments import ledger_audit
+from deployments import __version__, ledger_actor, ledger_audit
 from deployments.config import ModelConfig
 from deployments.ledger_audit import LedgerAudit, with_id
 from deployments.ledger_budgets import CONFIG_NAME, Budgets, replace_file
-from deployments.ledger_calls import LedgerCalls
+from deployments.ledger_calls import DEADLINE_US, RENEW_TIMEOUT_S, LedgerCalls
 from deployments.ledger_service import LedgerService
 from governance.audit.record import check_record
 from governance.audit.schema import BY_NAME
 from governance.budget.config import BudgetsConfig
+from governance.budget.leases import WAIT_S
 from governance.budget.ledger import BudgetLedger
 from governance.budget.messages import LeaseAsk, RenewRequest, Settlement
+from governance.budget.renewals import CALL_S
 from governance.budget.store import LedgerStore, LedgerStoreError
 from governance.errors import (
     AuditUnavailable,
@@ -454,7 +457,7 @@ async def test_a_broken_writer_is_replaced(
 ) -> None:
     broken = ledger.audit._writer
     assert broken is not None
-    broken._break(OSError(5, "x"))
+    broken._thread.fail(OSError(5, "x"))
     await ledger.set_override("hr", 5, None, now_us() + HOUR_US, "x", BY, soon())
     assert ledger.audit._writer is not broken
     assert len(trail) == 1
@@ -532,3 +535,88 @@ async def test_whatever_a_link_raises_is_unavailable() -> None:
     with pytest.raises(LedgerUnavailable) as failed:
         await calls.state()
     assert "secret" not in str(failed.value)
+
+
+@pytest.mark.parametrize("method", ["renew", "report", "state"])
+async def test_a_caller_that_gives_up_sooner_gives_the_link_up(method: str) -> None:
+    found = 0
+
+    async def hangs(*_: Any) -> Any:
+        await asyncio.sleep(100)
+
+    async def resolve() -> Any:
+        nonlocal found
+        found += 1
+        return hangs
+
+    calls = LedgerCalls(resolve)
+    args: dict[str, Any] = {"renew": [renewal(1)], "report": [None], "state": []}
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await getattr(calls, method)(*args[method])
+    assert found == 3
+
+
+def test_a_renewal_ends_where_the_ledger_is_looked_for_again() -> None:
+    assert RENEW_TIMEOUT_S < CALL_S < WAIT_S
+
+
+async def test_a_renewal_that_comes_too_late_is_not_done(ledger: LedgerService) -> None:
+    with pytest.raises(LedgerUnavailable):
+        await ledger.renew(renewal(1, used_us=5, number=1), now_us() - 1)
+    assert (await ledger.stats())["late"] == 1
+    (state,) = await ledger.state("hr")
+    assert state.spent == Amount()
+    assert (await ledger.renew(renewal(1, used_us=5, number=1), now_us() + 10**6)).seq == 1
+
+    late = -DEADLINE_US - 10**6
+
+    async def resolve() -> Link:
+        return Link(ledger)
+
+    with pytest.raises(LedgerUnavailable):
+        await LedgerCalls(resolve, clock=lambda: now_us() + late).renew(renewal(2))
+
+
+# A ledger that an earlier deployment left
+
+
+class Handle:
+    """A detached actor, as Ray gives it."""
+
+    def __init__(self, **identity: str) -> None:
+        self.identity = SimpleNamespace(remote=lambda: identity)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"state_root": "/old"}, "state root /old, not /state"),
+        ({"version": "0.0.9"}, f"version 0.0.9, not {__version__}"),
+        ({"messages": "0"}, "messages 0, not"),
+        ({"file": "1"}, "file 1, not"),
+        (None, "version unknown"),
+    ],
+)
+async def test_another_deployments_ledger_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: dict[str, str] | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr(ledger_actor.ray, "get", lambda found, timeout: found)
+    ours = {**ledger_actor.IDENTITY, "state_root": "/state"}
+    ledger_actor.check_identity(Handle(**ours), "/state")
+    ledger_actor.check_identity(Handle(**{**ours, "state_root": "/any"}), None)
+    left = SimpleNamespace() if change is None else Handle(**{**ours, **change})
+    with pytest.raises(ledger_actor.LedgerStartError, match=said) as refused:
+        ledger_actor.check_identity(left, "/state")
+    assert ledger_actor.ACTOR_NAME in str(refused.value)
+
+    if change is None or "state_root" not in change:
+        # An engine, which looks for it only, says so and calls nothing.
+        monkeypatch.setattr(ledger_actor.ray, "get_actor", lambda name, namespace: left)
+        with pytest.raises(LedgerUnavailable):
+            await ledger_actor.LedgerClient(None).state()
+        assert said in caplog.text

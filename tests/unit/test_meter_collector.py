@@ -19,7 +19,7 @@ from deployments.metering.collector import MeterCollector, MeteredExchange
 from deployments.metering.reporter import MeterReporter
 from deployments.metering.wire import MAX_ROWS, Row, Totals, pack, pack_row, unpack
 from governance.budget.messages import MeterReport
-from governance.errors import LedgerUnavailable
+from governance.errors import GatehouseError, InternalError, InvalidRequest, LedgerUnavailable
 
 CORE = b"core-one"
 
@@ -403,10 +403,45 @@ async def test_an_end_that_the_core_never_tells_ends_all_the_same(
     core.tell(row(exchange.key, 5, ended=True))
     meter.drain()
     exchange.close()
+    for _ in range(collecting.GRACE_STEPS):
+        await asyncio.sleep(0.01)
+        meter.drain()
+        await reporter.report()
+        assert not any(r.ended for r in ledger.rows)
+        core.tell()
     await asyncio.sleep(0.01)
+    meter.drain()
     await reporter.report()
-    assert [r.ended for r in ledger.rows] == [True]
+    assert [r.ended for r in ledger.rows][-1]
     assert not meter.exchanges
+
+
+async def test_who_hangs_up_in_a_long_step_pays_for_it(
+    meter: MeterCollector, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "GRACE_S", 0.0)
+    ledger = Ledger()
+    reporter = reporter_of(meter, ledger)
+    exchange = opened(meter)
+    exchange.close()
+    await asyncio.sleep(0.01)
+    await reporter.report()  # the step is not over, and nothing has been told of it
+    assert exchange.key in meter.exchanges
+    core.tell(row(exchange.key, 7_000_000, ended=True))
+    meter.drain()
+    await reporter.report()
+    assert (ledger.rows[-1].ended, ledger.rows[-1].gpu_us) == (True, 7_000_000)
+    assert not meter.exchanges
+
+
+async def test_a_core_that_never_steps_again_is_not_waited_for_for_ever(
+    meter: MeterCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = opened(meter)
+    exchange.close()
+    assert exchange.closed_at_s is not None
+    assert not exchange.over(exchange.closed_at_s + collecting.LONGEST_S - 1)
+    assert exchange.over(exchange.closed_at_s + collecting.LONGEST_S + 1)
 
 
 async def test_a_refused_request_is_forgotten(meter: MeterCollector) -> None:
@@ -486,3 +521,114 @@ async def test_stopping_tells_the_rest(meter: MeterCollector, core: Core) -> Non
     finish(exchange)
     await reporter.stop()
     assert [r.gpu_us for r in ledger.rows if r.ended] == [5]
+
+
+# -- rejections -------------------------------------------------------------------------------
+
+
+class Strict(Ledger):
+    """Rejects what names one of some reservations."""
+
+    def __init__(self, *bad: str) -> None:
+        super().__init__()
+        self.bad = set(bad)
+        self.error: type[GatehouseError] = InvalidRequest
+
+    async def report(self, report: MeterReport) -> None:
+        if self.bad & {row.reservation_id for row in report.rows}:
+            self.refused.append(report)
+            raise self.error("no")
+        await super().report(report)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest, InternalError])
+@pytest.mark.parametrize("bad", [[0], [57], [3, 40, 99]])
+async def test_a_row_that_is_rejected_holds_no_other_up(
+    meter: MeterCollector,
+    caplog: pytest.LogCaptureFixture,
+    bad: list[int],
+    error: type[GatehouseError],
+) -> None:
+    for number in range(100):
+        finish(opened(meter, number=number))
+    meter.dead = True
+    ids = [x.ticket.reservation_id for x in meter.exchanges.values()]
+    ledger = Strict(*(ids[number] for number in bad))
+    ledger.error = error
+    reporter = reporter_of(meter, ledger)
+    assert await reporter.report()
+    assert {r.reservation_id for r in ledger.rows} == set(ids) - ledger.bad
+    assert reporter.given_up == len(bad)
+    assert len(ledger.refused) < 12 * len(bad)
+    for name in ledger.bad:
+        assert name in caplog.text
+    assert await reporter.report(force=True)
+    assert not meter.exchanges
+
+
+async def test_an_answer_whose_row_is_rejected_runs_on(meter: MeterCollector, core: Core) -> None:
+    exchange = opened(meter)
+    ledger = Strict(exchange.ticket.reservation_id)
+    reporter = reporter_of(meter, ledger)
+    assert await reporter.report()
+    core.tell(row(exchange.key, 8, ended=True))
+    assert await exchange.final() == 8
+    assert await reporter.report()
+    finish(exchange)
+    assert await reporter.report()
+    assert not meter.exchanges
+
+
+async def test_a_report_that_is_rejected_without_rows_gives_none_up(meter: MeterCollector) -> None:
+    class Never(Ledger):
+        async def report(self, report: MeterReport) -> None:
+            raise InternalError
+
+    for number in range(5):
+        finish(opened(meter, number=number))
+    reporter = reporter_of(meter, Never())
+    for _ in range(3):
+        assert not await reporter.report()
+    assert len(meter.exchanges) == 5
+    assert reporter.given_up == 0
+
+
+async def test_what_its_gateway_settles_is_given_up_first(
+    meter: MeterCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "MAX_EXCHANGES", 4)
+    owing = [opened(meter, number=number) for number in (1, 2)]
+    settling = [opened(meter, number=number) for number in (3, 4)]
+    for exchange in owing:
+        finish(exchange, delivered=False)
+    settling[0].deliver()  # before its end
+    settling[0].close()
+    finish(settling[1])
+    opened(meter, number=5)
+    assert settling[0].key not in meter.exchanges
+    owing[0].deliver()  # late
+    opened(meter, number=6)
+    opened(meter, number=7)
+    assert set(meter.exchanges) == {2, 5, 6, 7}
+    assert not meter._settling
+    assert list(meter._owing) == [2]
+
+
+async def test_giving_up_looks_at_no_more_than_one(
+    meter: MeterCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = 0
+
+    class Counting(dict[int, MeteredExchange]):
+        def values(self) -> Any:
+            nonlocal seen
+            seen += 1
+            return super().values()
+
+    monkeypatch.setattr(collecting, "MAX_EXCHANGES", 500)
+    for number in range(500):
+        finish(opened(meter, number=number), delivered=False)
+    meter.exchanges = Counting(meter.exchanges)
+    for number in range(500, 600):
+        opened(meter, number=number)
+    assert (meter.given_up, seen) == (100, 0)

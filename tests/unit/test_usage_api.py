@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from deployments.api import usage
 from deployments.api.accounts import (
     account_object,
     budget_headers,
@@ -335,6 +336,40 @@ async def test_an_answer_from_before_a_change_does_not_hide_it(
     await api.set_override(ADMIN, SET)
     ledger.gate.set()
     assert (await asking)["limit"]["gpu_us"] == 1
+
+
+async def test_one_that_is_in_no_list_is_asked_for_once_a_second(
+    api: UsageApi, ledger: FakeLedger, clock: Clock
+) -> None:
+    newcomer = principal("newcomer", "new", ("analyst",))
+    for _ in range(5):
+        answers = [api.usage(newcomer, {}) for _ in range(50)]
+        assert {answer["account"] for answer in await asyncio.gather(*answers)} == {"new"}
+        for _ in range(10):
+            with pytest.raises(ObjectNotFound):
+                await api.usage(OFFICER, {"department": "nowhere"})
+    assert ledger.asked == 3
+    clock.now_s += FRESH_S / 2
+    assert (await api.usage(newcomer, {}))["age_ms"] == 500
+    clock.now_s += FRESH_S
+    assert (await api.usage(newcomer, {}))["age_ms"] == 0
+    assert ledger.asked == 5
+    ledger.lost = True
+    clock.now_s += USABLE_S - 1
+    assert (await api.usage(newcomer, {}))["age_ms"] == (USABLE_S - 1) * 1000
+    clock.now_s += 2
+    with pytest.raises(LedgerUnavailable):
+        await api.usage(newcomer, {})
+
+
+async def test_names_that_somebody_made_up_take_no_more_memory(
+    api: UsageApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "MAX_OTHERS", 10)
+    for number in range(35):
+        with pytest.raises(ObjectNotFound):
+            await api.usage(OFFICER, {"department": f"nobody-{number}"})
+    assert len(api._others) <= 10
 
 
 # Headers and the body
