@@ -104,12 +104,12 @@ def read(path: Path, *, training: bool = False) -> Outcomes:
 
     """
     needed = NEEDED_FOR_TRAINING if training else NEEDED
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give one Parquet file of it")
     try:
         schema = pq.read_schema(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give the path of a Parquet file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; give one Parquet file of it") from None
     except (pa.ArrowInvalid, OSError):
         raise DataError(
             f"{path}: cannot be read as Parquet; write it with pyarrow, pandas or DuckDB"

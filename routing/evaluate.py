@@ -201,14 +201,14 @@ def render(reports: Sequence[Report]) -> str:
                 f"{report.gap.high:.4f}] may be zero, so APGR and CPT mean little here"
             )
         lines.append(
-            f"  {'router':<19}{'APGR':<21}{'CPT50 %':<20}{'CPT80 %':<20}"
+            f"  {'router':<19}{'APGR':<24}{'CPT50 %':<20}{'CPT80 %':<20}"
             f"{'score at 30 %':<24}{'score at 50 %'}"
         )
         for name, figures in sorted(
             report.routers.items(), key=lambda item: _ORDER.get(item[0], len(_ORDER))
         ):
             lines.append(
-                f"  {name:<19}{_shown(figures.apgr):<21}{_shown(figures.cpt50, 100, 1):<20}"
+                f"  {name:<19}{_shown(figures.apgr):<24}{_shown(figures.cpt50, 100, 1):<20}"
                 f"{_shown(figures.cpt80, 100, 1):<20}{_shown(figures.accuracy30, 1, 4):<24}"
                 f"{_shown(figures.accuracy50, 1, 4)}"
             )
