@@ -15,7 +15,7 @@
 
 Training resumes: the fine-tuning writes a checkpoint every epoch into ``--work``. Progress goes to
 stderr, the figures as JSON to ``WORK/estimate.json``. Needs PyTorch, onnx and the pretrained
-encoder (``--base``); about half an hour of one core that does nothing else.
+encoder (``--base``); about forty minutes of one core that does nothing else.
 """
 
 from __future__ import annotations
