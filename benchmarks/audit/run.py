@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import platform
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from typing import Any
 
 import orjson
 
+from governance.audit import content, keystore, seal, turns
 from governance.audit.keystore import FileKeystore
 from governance.audit.seal import Sealer
 from governance.audit.turn_record import decided_event
@@ -59,7 +61,9 @@ GOALS = {
     "turn_cpu_us": 100.0,
     "sealed_per_s": 20_000,
 }
-PROMPT = ("What is the average delay of a freight train between two terminals? " * 31)[:2048]
+_WORDS = sorted(set(" ".join(m.__doc__ or "" for m in (content, keystore, turns, seal)).split()))
+# Words in no order, not a sentence again and again: deflating prose costs eight times as much.
+PROMPT = " ".join(random.Random(1).choices(_WORDS, k=500))[:2048]
 EVENT = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"small",'
     b'"choices":[{"index":0,"delta":{"content":" token"},"finish_reason":null}]}\n\n'

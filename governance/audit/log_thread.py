@@ -66,9 +66,6 @@ class LogThread(threading.Thread):
                 group, stop = self._gather()
                 if group:
                     self._write(group)
-                    if len(group) >= self._options.gather_from:
-                        # Its waiters come back at once: let them, rather than sync for a few.
-                        time.sleep(self._options.gather_us / 1e6)
                 self._rotate_if_due()
         except BaseException as error:  # Whatever it was, nobody may wait for ever.
             self.fail(error)

@@ -23,11 +23,6 @@ class WalOptions:
     """Waiting ciphertext, in bytes, at which further events are refused."""
     group_records: int = 2048
     """Most events in one group."""
-    gather_us: int = 200
-    """How long a busy writer lets the next group gather: fewer syncs, and less CPU for each
-    record. No record waits for it while few are written at once."""
-    gather_from: int = 8
-    """Records in a group from which a writer is busy."""
     group_bytes: int = 8 << 20
     """Ciphertext, in bytes, at which a group is full."""
     kept_for_ends: float = 0.125

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import governance.audit.seal
+from governance.audit.batch import check_segment
 from governance.audit.canonical import canonical_bytes, complete
 from governance.audit.content import joined_commit, seal_cell
 from governance.audit.cursor import CURSOR_NAME
@@ -373,7 +373,7 @@ class TestOneWriterAlone:
     ) -> None:
         for name in ("gw-a", "gw-b"):
             open_writer(wal, name).close_blocking()
-        check = governance.audit.seal.check_segment
+        check = check_segment
 
         def fail(segment: Any, *rest: Any) -> Any:
             if segment.header.writer_id == "gw-a":
