@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 
 import governance.audit.seal
+from deployments.named_actors import NAMESPACE, START_TIMEOUT_S, find_or_start, starting
 from deployments.settings import Settings
 from deployments.telemetry.actors import SealerTelemetry
 from governance.audit.files import Locked
@@ -26,8 +26,6 @@ from governance.tracebacks import without_messages
 log = logging.getLogger("gatehouse.audit")
 
 ACTOR_PREFIX = "gatehouse-sealer-"
-NAMESPACE = "gatehouse"
-START_TIMEOUT_S = 60.0
 INTERVAL_S = 5.0
 _LOCK_RETRY_S = 0.5
 _STOP_TIMEOUT_S = 30.0
@@ -259,27 +257,15 @@ def _find_or_start(
     interval_s: float,
 ) -> tuple[Any, Any]:
     """The sealer that there is, and what it says of itself."""
-    actor_class: Any = ray.remote(AuditSealer)
-    handle = actor_class.options(
-        name=f"{ACTOR_PREFIX}{node_id}",
+    handle = find_or_start(
+        AuditSealer,
+        f"{ACTOR_PREFIX}{node_id}",
+        (str(state_dir), str(evidence_dir), interval_s, _now_us()),
+        node_id=node_id,
         namespace=namespace,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        max_task_retries=-1,
-        num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    ).remote(str(state_dir), str(evidence_dir), interval_s, _now_us())
-    try:
-        status = ray.get(handle.status.remote(), timeout=START_TIMEOUT_S)
-    except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise SealerStartError(f"the sealer did not start: {reason}") from None
-    except RayError as error:
-        raise SealerStartError(
-            f"the sealer did not start within {START_TIMEOUT_S:.0f} s ({type(error).__name__})"
-        ) from None
-    return handle, status
+    )
+    with starting("the sealer", SealerStartError):
+        return handle, ray.get(handle.status.remote(), timeout=START_TIMEOUT_S)
 
 
 def _now_us() -> int:

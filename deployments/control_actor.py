@@ -11,26 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.control_calls import ControlLink
 from deployments.control_copy import ControlCopy
+from deployments.named_actors import NAMESPACE, START_TIMEOUT_S, RayLink, find_or_start, starting
 from deployments.settings import Settings
 from governance.control.plane import ControlPlane, load_pepper
 from governance.control.records import AdminEvent, KeyEntry, KeySpec, RevocationEntry
 from governance.control.registry import Registration
 from governance.control.snapshot import ControlSnapshot
 from governance.control.store import ControlStore
-from governance.errors import ControlUnavailable, GatehouseError
+from governance.errors import ControlUnavailable
 
 log = logging.getLogger("gatehouse.control")
 
 ACTOR_NAME = "gatehouse-control"
-NAMESPACE = "gatehouse"
-START_TIMEOUT_S = 60.0
-HEAD_NODE = "node:__internal_head__"
-"""Resource that Ray gives to the head node alone."""
 _MAX_CALLS = 10_000
 """Calls open at once: one watch for each gateway and engine replica, and administration."""
 
@@ -143,33 +138,16 @@ def get_or_start_control(
     Raises:
         ControlStartError: It does not start.
     """
-    # NOTE: never left to Ray's choice: on another node the actor would find an empty store, and
-    # start a new installation without a word.
-    placement: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}}
-    if node_id is not None:
-        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
-    actor_class: Any = ray.remote(ControlPlaneActor)
-    handle = actor_class.options(
-        name=ACTOR_NAME,
+    handle = find_or_start(
+        ControlPlaneActor,
+        ACTOR_NAME,
+        (str(state_dir),),
+        node_id=node_id,
         namespace=namespace,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        max_task_retries=-1,
         max_concurrency=_MAX_CALLS,
-        num_cpus=0,
-        **placement,
-    ).remote(str(state_dir))
-    try:
+    )
+    with starting("the control plane", ControlStartError):
         ray.get(handle.epoch.remote(), timeout=START_TIMEOUT_S)
-    except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ControlStartError(f"the control plane did not start: {reason}") from None
-    except RayError as error:
-        raise ControlStartError(
-            f"the control plane did not start within {START_TIMEOUT_S:.0f} s"
-            f" ({type(error).__name__})"
-        ) from None
     return handle
 
 
@@ -202,22 +180,4 @@ class ControlClient(ControlCopy):
             handle = await asyncio.to_thread(
                 get_or_start_control, self._state_dir, self._node_id, self._namespace
             )
-        return _RayLink(handle)
-
-
-class _RayLink:
-    """Calls the actor; what Ray raises becomes one of our errors."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def __call__(self, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*args)
-        except RayTaskError as error:
-            if isinstance(error.cause, GatehouseError):
-                raise error.cause from None
-            log.error("control plane: %s raised %s", method, type(error.cause).__name__)
-            raise ControlUnavailable from error
-        except RayError as error:
-            raise ControlUnavailable from error
+        return RayLink(handle, "control plane", ControlUnavailable, log)

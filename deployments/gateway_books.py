@@ -16,8 +16,9 @@ from typing import Any
 import ray
 
 from deployments.audit_actors import get_or_start_sealer
-from deployments.ledger_actor import HEAD_NODE, LedgerClient
+from deployments.ledger_actor import LedgerClient
 from deployments.ledger_budgets import Budgets
+from deployments.named_actors import HEAD_NODE
 from deployments.settings import Settings
 from governance.audit.keystore import FileKeystore
 from governance.audit.turns import TurnAudit

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments import __version__
 from deployments.ledger_calls import LedgerCalls, LedgerLink
 from deployments.ledger_service import LedgerService
+from deployments.named_actors import NAMESPACE, START_TIMEOUT_S, RayLink, find_or_start, starting
 from deployments.settings import Settings
 from deployments.telemetry.actors import LedgerTelemetry
 from governance.budget.messages import (
@@ -34,15 +33,11 @@ from governance.budget.messages import (
 )
 from governance.budget.schema import SCHEMA_VERSION
 from governance.budget.store import LedgerStoreError
-from governance.errors import GatehouseError, LedgerUnavailable
+from governance.errors import LedgerUnavailable
 
 log = logging.getLogger("gatehouse.ledger")
 
 ACTOR_NAME = "gatehouse-ledger"
-NAMESPACE = "gatehouse"
-START_TIMEOUT_S = 60.0
-HEAD_NODE = "node:__internal_head__"
-"""Resource that Ray gives to the head node alone."""
 _MAX_CALLS = 10_000
 """Calls open at once: they only queue and wait."""
 _LOCK_WAIT_S = 10.0
@@ -170,33 +165,16 @@ def get_or_start_ledger(
     Raises:
         LedgerStartError: It does not start, or another deployment's runs.
     """
-    # NOTE: never left to Ray's choice: on another node the actor would find an empty store, and
-    # every budget would be fresh.
-    placement: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}}
-    if node_id is not None:
-        placement = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
-    actor_class: Any = ray.remote(LedgerActor)
-    handle = actor_class.options(
-        name=ACTOR_NAME,
+    handle = find_or_start(
+        LedgerActor,
+        ACTOR_NAME,
+        (str(state_dir),),
+        node_id=node_id,
         namespace=namespace,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        max_task_retries=-1,
         max_concurrency=_MAX_CALLS,
-        num_cpus=0,
-        **placement,
-    ).remote(str(state_dir))
-    try:
+    )
+    with starting("the budget ledger", LedgerStartError):
         check_identity(handle, str(state_dir))
-    except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise LedgerStartError(f"the budget ledger did not start: {reason}") from None
-    except RayError as error:
-        raise LedgerStartError(
-            f"the budget ledger did not start within {START_TIMEOUT_S:.0f} s"
-            f" ({type(error).__name__})"
-        ) from None
     return handle
 
 
@@ -261,7 +239,8 @@ class LedgerClient(LedgerCalls):
     async def _find(self) -> LedgerLink:
         try:
             # Asks Ray's head node, and blocks.
-            return _RayLink(await asyncio.to_thread(self._handle))
+            handle = await asyncio.to_thread(self._handle)
+            return RayLink(handle, "ledger", LedgerUnavailable, log)
         except LedgerStartError as error:
             log.error("%s", error)  # callers are told only that it is not there
             raise
@@ -272,21 +251,3 @@ class LedgerClient(LedgerCalls):
         handle = ray.get_actor(ACTOR_NAME, self._namespace)
         check_identity(handle, None)
         return handle
-
-
-class _RayLink:
-    """Calls the actor; what Ray raises becomes one of our errors."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def __call__(self, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*args)
-        except RayTaskError as error:
-            if isinstance(error.cause, GatehouseError):
-                raise error.cause from None
-            log.error("ledger: %s raised %s", method, type(error.cause).__name__)
-            raise LedgerUnavailable from error
-        except RayError as error:
-            raise LedgerUnavailable from error

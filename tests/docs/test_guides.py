@@ -19,7 +19,8 @@ def test_the_control_plane_can_be_pinned_to_a_node(tmp_path: Path) -> None:
         'address="auto"', 'address="local", include_dashboard=False, namespace="gatehouse"'
     )
     code += """
-from deployments.control_actor import ACTOR_NAME, NAMESPACE
+from deployments.control_actor import ACTOR_NAME
+from deployments.named_actors import NAMESPACE
 
 actor = ray.get_actor(ACTOR_NAME, NAMESPACE)
 print("epoch", ray.get(actor.epoch.remote()))
