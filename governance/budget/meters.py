@@ -58,9 +58,10 @@ def take(books: Books, report: MeterReport, now_us: int, now_s: float) -> tuple[
     state.meters[replica.base_model] = changes.meters[replica.base_model] = sums
     replica.raw = grown
     replica.seq, replica.running, replica.heard_s = report.seq, report.running, now_s
-    replica.live = True
     changes.replicas[replica.id] = replica
-    if report.dead:
+    if not report.dead:
+        replica.live = True
+    elif replica.live:  # a replica whose core is dead says so until it is replaced
         _end(books, replica, "dead", now_us, now_s)
     return True, grown != raw
 

@@ -464,6 +464,21 @@ def test_an_engine_that_started_anew_had_been_lost(desk: Desk) -> None:
     assert desk.ledger.meter_sums()["tiny"]["busy_us"] == 14
 
 
+def test_an_engine_dies_once_however_often_its_replica_says_so(desk: Desk) -> None:
+    desk.ledger.report(report(row(1), busy_us=10, elapsed_us=10))
+    for seq in range(2, 6):
+        desk.pass_s(2)
+        again = report(seq=seq, busy_us=10, unattributed_us=7, elapsed_us=seq * 10, dead=True)
+        desk.ledger.report(again)
+        desk.ledger.sweep()
+        if seq == 3:
+            desk.restart()
+    assert [e["reason_code"] for e in desk.events(EventType.ENGINE_LOST)] == ["dead"]
+    assert len(desk.events(EventType.METER_INTERVAL)) == 1
+    desk.ledger.report(report(epoch="e2", busy_us=4, dead=True))
+    assert len(desk.events(EventType.ENGINE_LOST)) == 2
+
+
 def test_intervals_add_up_to_the_meters(desk: Desk) -> None:
     for seq in range(1, 200):
         desk.pass_s(1)
