@@ -102,8 +102,8 @@ def meter_sums(database: Path) -> dict[str, dict[str, int]]:
     """Device-microseconds of all engines ever, by base model, as the ledger has them."""
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as ledger:
         ledger.row_factory = sqlite3.Row
-        rows = ledger.execute("SELECT * FROM meter_sum").fetchall()
-    return {row["base_model"]: {k: row[k] for k in row.keys() if k != "base_model"} for row in rows}  # noqa: SIM118
+        rows = [dict(row) for row in ledger.execute("SELECT * FROM meter_sum")]
+    return {row.pop("base_model"): row for row in rows}
 
 
 def _number(connection: Any, query: str) -> int:

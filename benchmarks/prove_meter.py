@@ -252,10 +252,10 @@ def overhead(proof: Proof, p: Platform, figures: dict[str, Any]) -> None:
     ) as done:
         time.sleep(11)  # Ray exports every ten seconds
         found = p.metrics()
-        busy: collections.Counter[str] = collections.Counter()
+        busy: dict[str, float] = collections.defaultdict(float)
         for labels, value in found[f"ray_{names.ENGINE_TIME}"]:
             if labels["state"] != "idle":
-                busy[labels["model"]] += value  # type: ignore[assignment]
+                busy[labels["model"]] += value
         hooks = {v["model"]: value for v, value in found[f"ray_{names.METERING_TIME}"]}
         shares = {model: hooks[model] / busy[model] for model in ("small", "large")}
         figures["overhead"] = {"busy_s": busy, "hooks_s": hooks}

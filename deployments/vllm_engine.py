@@ -32,8 +32,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from deployments.data_plane.backend import EngineLoad
 from deployments.data_plane.ticket_form import Ticket
-from deployments.metering.collector import MeteredExchange
 from deployments.metering.devices import accelerator_name
+from deployments.metering.exchange import MeteredExchange
 from deployments.metering.keys import (
     ACCELERATOR_VARIABLE,
     METER_KEY,

@@ -40,6 +40,7 @@ from governance.types import EngineChunk, Operation, Turn
 log = logging.getLogger("gatehouse.api")
 
 Trace = NoTracing | Tracing
+_UNTRACED = NoTracing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Exchange(Response):
         operation: Operation,
         request: Request,
         limits: BodyLimits,
-        tracing: Trace = NoTracing(),  # noqa: B008  it has no state
+        tracing: Trace = _UNTRACED,
     ) -> None:
         self.background = None
         self._tracing = tracing

@@ -19,7 +19,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from deployments.metering.collector import MeterCollector, MeteredExchange
+from deployments.metering.collector import MeterCollector
+from deployments.metering.exchange import MeteredExchange
 from governance.budget.messages import MeterReport, MeterRow
 from governance.errors import GatehouseError, LedgerUnavailable
 

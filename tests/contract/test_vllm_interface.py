@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.metering.collector import MeterCollector, MeteredExchange
+from deployments.metering.collector import MeterCollector
 from deployments.metering.cost import model_shape
+from deployments.metering.exchange import MeteredExchange
 from deployments.metering.keys import METER_KEY, SOCKET_VARIABLE, scheduler_class
 from tests.unit.test_meter_collector import ticket
 

@@ -14,8 +14,10 @@ import pytest_asyncio
 
 from deployments.data_plane.ticket_form import Ticket
 from deployments.metering import collector as collecting
+from deployments.metering import exchange as exchanging
 from deployments.metering.channel import MeterChannel
-from deployments.metering.collector import MeterCollector, MeteredExchange
+from deployments.metering.collector import MeterCollector
+from deployments.metering.exchange import MeteredExchange
 from deployments.metering.reporter import MeterReporter
 from deployments.metering.wire import MAX_ROWS, Row, Totals, pack, pack_row, unpack
 from governance.budget.messages import MeterReport
@@ -396,14 +398,14 @@ async def test_an_end_that_nobody_heard_is_told_at_once(meter: MeterCollector, c
 async def test_an_end_that_the_core_never_tells_ends_all_the_same(
     meter: MeterCollector, core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "GRACE_S", 0.0)
+    monkeypatch.setattr(exchanging, "GRACE_S", 0.0)
     ledger = Ledger()
     reporter = reporter_of(meter, ledger)
     exchange = opened(meter, 2)
     core.tell(row(exchange.key, 5, ended=True))
     meter.drain()
     exchange.close()
-    for _ in range(collecting.GRACE_STEPS):
+    for _ in range(exchanging.GRACE_STEPS):
         await asyncio.sleep(0.01)
         meter.drain()
         await reporter.report()
@@ -419,7 +421,7 @@ async def test_an_end_that_the_core_never_tells_ends_all_the_same(
 async def test_who_hangs_up_in_a_long_step_pays_for_it(
     meter: MeterCollector, core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collecting, "GRACE_S", 0.0)
+    monkeypatch.setattr(exchanging, "GRACE_S", 0.0)
     ledger = Ledger()
     reporter = reporter_of(meter, ledger)
     exchange = opened(meter)
@@ -440,8 +442,8 @@ async def test_a_core_that_never_steps_again_is_not_waited_for_for_ever(
     exchange = opened(meter)
     exchange.close()
     assert exchange.closed_at_s is not None
-    assert not exchange.over(exchange.closed_at_s + collecting.LONGEST_S - 1)
-    assert exchange.over(exchange.closed_at_s + collecting.LONGEST_S + 1)
+    assert not exchange.over(exchange.closed_at_s + exchanging.LONGEST_S - 1)
+    assert exchange.over(exchange.closed_at_s + exchanging.LONGEST_S + 1)
 
 
 async def test_a_refused_request_is_forgotten(meter: MeterCollector) -> None:
