@@ -20,9 +20,9 @@ from deployments.ledger_actor import LedgerClient
 from deployments.metering.channel import MeterChannel
 from deployments.metering.collector import MeterCollector
 from deployments.metering.cost import CostModel
-from deployments.metering.meter import StepMeter, Work
+from deployments.metering.meter import StepMeter
 from deployments.metering.reporter import MeterReporter
-from deployments.metering.wire import Row, Totals, pack_row
+from deployments.metering.wire import Totals, pack_work
 from governance.nulls import NullAudit, NullLedger
 from governance.types import EngineChunk, EngineEvent, EngineFinished, EngineStarted
 
@@ -74,21 +74,7 @@ class MeteredBackend(InstantBackend):
             totals = Totals(
                 b"instant0", meter.steps, meter.busy_ns, meter.attributed_ns, running=meter.running
             )
-            self._channel.send(totals, [(work.row, _packed(work)) for work in rows])
-
-
-def _packed(work: Work) -> bytes:
-    return pack_row(
-        Row(
-            work.row,
-            work.key,
-            work.prefill_ns,
-            work.decode_ns,
-            work.prefill_tokens,
-            work.cached_tokens,
-            work.ended,
-        )
-    )
+            self._channel.send(totals, [(work.row, pack_work(work)) for work in rows])
 
 
 class MeteredInstantEngine(InstantEngine):

@@ -33,8 +33,8 @@ from deployments.metering.channel import MeterChannel
 from deployments.metering.cost import CostModel, model_shape
 from deployments.metering.devices import accelerator_name, device
 from deployments.metering.keys import ACCELERATOR_VARIABLE, METER_KEY, SOCKET_VARIABLE
-from deployments.metering.meter import StepMeter, Work
-from deployments.metering.wire import Row, Totals, pack_row
+from deployments.metering.meter import StepMeter
+from deployments.metering.wire import Totals, pack_work
 
 if TYPE_CHECKING:
     _Base = Scheduler
@@ -165,7 +165,7 @@ class MeteredMixin(_Base):
         )
         changed = meter.changed
         meter.changed = {}
-        self._channel.send(totals, [(work.row, _packed(work)) for work in changed.values()])
+        self._channel.send(totals, [(work.row, pack_work(work)) for work in changed.values()])
         self.hooks_ns += time.thread_time_ns() - begin_ns
 
 
@@ -187,17 +187,3 @@ def _key(request: Request) -> int:
         extra = pooling.extra_kwargs
     key = (extra or {}).get(METER_KEY)
     return key if isinstance(key, int) and key > 0 else 0
-
-
-def _packed(work: Work) -> bytes:
-    return pack_row(
-        Row(
-            work.row,
-            work.key,
-            work.prefill_ns,
-            work.decode_ns,
-            work.prefill_tokens,
-            work.cached_tokens,
-            work.ended,
-        )
-    )

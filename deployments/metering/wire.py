@@ -15,6 +15,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deployments.metering.meter import Work
+
 _HEAD = struct.Struct("=8sQQQQQQIH")
 _ROW = struct.Struct("=QQQQIIB")
 
@@ -64,6 +66,21 @@ def pack_row(row: Row) -> bytes:
         min(row.prefill_tokens, _U32),
         min(row.cached_tokens, _U32),
         row.ended,
+    )
+
+
+def pack_work(work: Work) -> bytes:
+    """What the meter knows of one request, as a row."""
+    return pack_row(
+        Row(
+            work.row,
+            work.key,
+            work.prefill_ns,
+            work.decode_ns,
+            work.prefill_tokens,
+            work.cached_tokens,
+            work.ended,
+        )
     )
 
 

@@ -29,23 +29,6 @@ time.sleep(60)
 """
 
 
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A Ray of its own, unless the process has one already."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    yield
-    if started:
-        ray.shutdown()
-
-
 @pytest.fixture
 def start(
     ray_local: None, request: pytest.FixtureRequest, tmp_path: Path

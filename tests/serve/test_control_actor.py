@@ -28,23 +28,6 @@ GATEWAY = GatewayIdentity("g1", bytes(32))
 REPLICA = ReplicaAddress("r1", "small", ("small",), "127.0.0.1", 9000, "sha256:00", "0.29.0")
 
 
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A Ray of its own, unless the process has one already."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    yield
-    if started:
-        ray.shutdown()
-
-
 @pytest.fixture
 def namespace(ray_local: None, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of its own, so that each test starts with no control plane."""

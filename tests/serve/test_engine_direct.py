@@ -44,20 +44,9 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(ray_local: None) -> None:
+    """Ray, and checkpoints."""
     build_apart(CHECKPOINTS)
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    yield
-    if started:
-        ray.shutdown()
 
 
 def host(**fields: Any) -> Any:

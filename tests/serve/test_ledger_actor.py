@@ -43,23 +43,6 @@ def budgets(gpu_seconds: int = 10_000_000) -> dict[str, Any]:
     return Budgets(config, now_us()).dump()
 
 
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A Ray of its own, unless the process has one already."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    yield
-    if started:
-        ray.shutdown()
-
-
 @pytest.fixture
 def namespace(ray_local: None, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of its own, so that each test starts with no ledger."""
