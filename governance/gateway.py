@@ -169,6 +169,7 @@ class Gateway:
         try:
             turn.principal = principal = await self.authenticator.authenticate(call.authorization)
             turn.lap("identify")
+            # Before the body is received: each refusal leaves a record, with what was asked.
             self.limiter.check_refusals(principal.key)
             turn.request = request = await self._read(call)
             turn.lap("read")

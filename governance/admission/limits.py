@@ -164,9 +164,13 @@ class RateLimiter:
             )
 
     def refused(self, key: str) -> None:
-        """Count a request that was refused for what it says."""
-        now_us = int(self._monotonic() * 1_000_000)
-        self._counts(key, now_us).refused_us.append(now_us)
+        """Count a request that was refused for what it says. Never raises.
+
+        Its key has been looked at by ``check_refusals``; one that was dropped since then, because
+        there were too many others, counts for nothing.
+        """
+        if counts := self._keys.get(key):
+            counts.refused_us.append(int(self._monotonic() * 1_000_000))
 
     def _own(self, limit: int) -> int:
         """What this gateway may give out of a limit."""

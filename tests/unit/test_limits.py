@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from governance.admission.limits import RateLimiter
+from governance.admission.limits import REFUSALS_PER_MINUTE, RateLimiter
 from governance.errors import Overloaded, RateLimited, TooManyParallel
 from governance.types import Limits
 
@@ -153,3 +153,31 @@ def test_more_active_callers_than_can_be_counted_are_told_to_wait(clock: Clock) 
         limiter.acquire("0", limits)
     clock.now_s += 61
     limiter.acquire("one more", limits)
+
+
+def test_refusals_have_a_minute_of_their_own(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    for _ in range(REFUSALS_PER_MINUTE):
+        limiter.check_refusals("a")
+        limiter.refused("a")
+    with pytest.raises(RateLimited) as caught:
+        limiter.check_refusals("a")
+    assert caught.value.retry_after_s == 60
+    limiter.check_refusals("b")
+    limiter.acquire("a", Limits(requests_per_minute=1))  # what was admitted counts apart
+    clock.now_s += 60
+    limiter.check_refusals("a")
+
+
+def test_counting_a_refusal_never_fails_and_is_not_forgotten(clock: Clock) -> None:
+    limiter = RateLimiter(clock, max_keys=2)
+    limiter.check_refusals("a")
+    limiter.refused("a")
+    limiter.refused("never looked at")
+    assert len(limiter) == 1
+    for other in "bcdefgh":
+        limiter.check_refusals(other)
+    for _ in range(REFUSALS_PER_MINUTE - 1):
+        limiter.refused("a")
+    with pytest.raises(RateLimited):
+        limiter.check_refusals("a")
