@@ -126,10 +126,11 @@ def test_a_stop_string_ends_with_a_final_figure(engine: Any) -> None:
     assert row.gpu_us == answer["gpu_us"] > 0
 
 
-def test_what_is_cached_costs_less(engine: Any) -> None:
+def test_what_is_cached_is_not_prefilled_again(engine: Any) -> None:
+    """That such a token weighs less is tested with the weights: times of a tiny model are noise."""
     text = " ".join(WORDS * 12)
     ask(engine, "chat", chat(1, "warm " + text))
-    first = ask(engine, "chat", chat(1, text), request_id="r-fresh")
+    ask(engine, "chat", chat(1, text), request_id="r-fresh")
     again = ask(engine, "chat", chat(1, text), request_id="r-cached")
 
     rows = meter(engine)["rows"]
@@ -137,7 +138,6 @@ def test_what_is_cached_costs_less(engine: Any) -> None:
     fresh, cached = rows["r-fresh"], rows["r-cached"]
     assert again["usage"].cached_tokens == cached.cached_tokens > 0.7 * fresh.prompt_tokens
     assert cached.prefill_tokens < fresh.prefill_tokens
-    assert again["gpu_us"] < first["gpu_us"]
 
 
 def test_what_the_ledger_did_not_take_is_told_later(engine: Any) -> None:
