@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any
 
+from governance.drafts import Escalated
 from governance.errors import GatehouseError, InternalError
 from governance.ports import AuditLog, Clock, Observer
 from governance.tracebacks import without_messages
-from governance.types import Turn
+from governance.types import Outcome, Turn
 
 log = logging.getLogger("gatehouse.gateway")
 
@@ -38,10 +41,39 @@ class TurnCloser:
         Raises:
             GatehouseError: It was not settled or not recorded; the answer must not be released.
         """
-        task = asyncio.create_task(self._close(turn))
+        await asyncio.shield(self._start(self._close(turn)))
+
+    async def supersede(self, turn: Turn, error: GatehouseError | Escalated) -> None:
+        """End an attempt whose answer is not released, and make the turn ready for the next.
+
+        Raises:
+            GatehouseError: It was not settled or not recorded; there may be no next attempt.
+        """
+        if isinstance(error, Escalated):
+            turn.superseded = "cascade"
+            turn.outcome, turn.status = Outcome.COMPLETED, 200
+        else:
+            turn.superseded = "fallback"
+            turn.outcome = Outcome.FAILED
+            turn.error_code, turn.status = error.code, error.status
+        if turn.decided_event_id is not None:
+            task = self._start(self._end(turn))
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                # Nobody is left to try the next model: this was the turn's end.
+                task.add_done_callback(lambda _: self._observer.ended(turn))
+                raise
+            except GatehouseError:
+                self._observer.ended(turn)
+                raise
+        turn.begin_again(self._clock())
+
+    def _start(self, end: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(end)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-        await asyncio.shield(task)
+        return task
 
     async def drain(self) -> None:
         """Wait for all turns that are being settled and recorded."""
@@ -49,6 +81,12 @@ class TurnCloser:
             await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def _close(self, turn: Turn) -> None:
+        try:
+            await self._end(turn)
+        finally:
+            self._observer.ended(turn)
+
+    async def _end(self, turn: Turn) -> None:
         """A settlement that fails costs no record."""
         turn.ended_us = self._clock()
         try:
@@ -69,8 +107,6 @@ class TurnCloser:
                 without_messages(error),
             )
             raise known from None
-        finally:
-            self._observer.ended(turn)
 
     def _settle(self, turn: Turn) -> None:
         if turn.hold is not None:

@@ -16,20 +16,20 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from governance.admission.limits import RateLimiter
 from governance.closing import TurnCloser
+from governance.dispatching import plan
+from governance.drafts import DraftReader, Escalated, can_draft, with_logprobs
 from governance.errors import (
-    BlockedByPolicy,
     ClientClosed,
     ContextLengthExceeded,
     GatehouseError,
     InternalError,
     InvalidRequest,
-    LimitExceeded,
-    ModelNotFound,
 )
+from governance.fallback import Fallbacks
 from governance.inspection.walker import walk
 from governance.nulls import NullObserver
 from governance.ports import (
@@ -44,19 +44,11 @@ from governance.ports import (
     Policy,
     Router,
 )
-from governance.request import (
-    forward_body,
-    opening,
-    parse_request,
-    token_prompts,
-    with_text_prompts,
-)
+from governance.request import parse_request, token_prompts, with_text_prompts
+from governance.selection import AUTO, Option, Selection, admitted, allowed, rate_limits
 from governance.tracebacks import without_messages
 from governance.types import (
-    BudgetAsk,
-    Decision,
     Dispatch,
-    Effect,
     EngineChunk,
     EngineFinished,
     EngineStarted,
@@ -66,14 +58,11 @@ from governance.types import (
     Outcome,
     Principal,
     Route,
+    RouteAsk,
     Turn,
 )
-from routing.conversation import affinity_key
 
 log = logging.getLogger("gatehouse.gateway")
-
-PRIORITY = {"critical": -10, "standard": 0, "batch": 10}
-"""vLLM priority of each class: lower is served earlier."""
 
 _UNOBSERVED = NullObserver()
 
@@ -142,7 +131,7 @@ class Gateway:
         monotonic: Clock = lambda: time.monotonic_ns() // 1000,
         observer: Observer = _UNOBSERVED,
     ) -> None:
-        self.models: Mapping[str, ModelInfo] = {model.id: model for model in models}
+        self.selection = Selection(models, policy, offers_auto=router.offers_auto)
         self.authenticator = authenticator
         self.policy = policy
         self.limiter = limiter
@@ -173,21 +162,17 @@ class Gateway:
             self.limiter.check_refusals(principal.key)
             turn.request = request = await self._read(call)
             turn.lap("read")
-            model = self._visible(principal, request)
-            admission = self._admission(principal, model, request)
-            with self.limiter.acquire(principal.key, admission.limits):
-                request = turn.request = await self._decode_tokens(model, admission, request)
+            models = self.selection.visible(principal, request)
+            options = admitted(self.selection.decide(principal, models, request), request)
+            with self.limiter.acquire(principal.key, rate_limits(options)):
+                request = turn.request = await self._decode_tokens(options, request)
                 turn.input_inspection = await self.inspector.inspect_input(walk(request))
                 turn.lap("inspect_input")
-                turn.decision = decision = self._decide(turn, principal, model, request)
+                options = self._decide(turn, principal, request, options)
                 turn.lap("decide")
-                turn.route = route = await self.router.route(request, (model,))
+                turn.route = await self._route(turn, principal, request, options)
                 turn.lap("route")
-                hold, dispatch = await self._reserve(turn, principal, request, decision, route)
-                turn.lap("reserve")
-                await self.audit.decided(turn)
-                turn.lap("record_decided")
-                async with aclosing(self._stream(turn, request, hold, dispatch)) as events:
+                async with aclosing(self._answer(turn, principal, request, options)) as events:
                     async for event in events:
                         yield event
         except GatehouseError as error:
@@ -209,7 +194,7 @@ class Gateway:
     async def visible_models(self, authorization: str | None) -> list[ModelInfo]:
         """The models that the caller may use, in catalogue order."""
         principal = await self.authenticator.authenticate(authorization)
-        return [m for m in self.models.values() if self.policy.visible(principal, m)]
+        return self.selection.listed(principal)
 
     # -- stages -------------------------------------------------------------------------------
 
@@ -225,37 +210,8 @@ class Gateway:
     async def _read(self, call: Call) -> InferenceRequest:
         return parse_request(call.operation, await call.read_body())
 
-    def _visible(self, principal: Principal, request: InferenceRequest) -> ModelInfo:
-        """Model that the caller names; unknown and invisible ones are told apart by nothing."""
-        model = self.models.get(request.model)
-        if model is None or not self.policy.visible(principal, model):
-            raise ModelNotFound("", "model")
-        if request.operation not in model.operations:
-            raise InvalidRequest(
-                f"The model does not answer {request.operation.value} requests.", "model"
-            )
-        return model
-
-    def _admission(
-        self, principal: Principal, model: ModelInfo, request: InferenceRequest
-    ) -> Decision:
-        """What the policy says before the content is known; carries the limits."""
-        decision = self.policy.decide(principal, model, request.operation.value)
-        self._enforce(decision)
-        most = decision.limits.max_tokens
-        asked = (request.max_tokens or 1) * request.choices
-        if most is not None and asked > most:
-            raise LimitExceeded(
-                f"The request asks for {asked} answer tokens; at most {most} are allowed to you "
-                "in one request, over all choices.",
-                "max_tokens",
-                None,
-                decision.rule_ids,
-            )
-        return decision
-
     async def _decode_tokens(
-        self, model: ModelInfo, admission: Decision, request: InferenceRequest
+        self, options: Sequence[Option], request: InferenceRequest
     ) -> InferenceRequest:
         """Turn token-id prompts into text, so that inspection sees what the model will.
 
@@ -264,8 +220,11 @@ class Gateway:
         tokens = token_prompts(request)
         if not tokens:
             return request
+        if request.model == AUTO:
+            raise InvalidRequest("Token ids belong to one model: name it, or send text.", "prompt")
+        model, limits = options[0].model, options[0].decision.limits
         longest = max(map(len, tokens))
-        context = min(model.context_tokens, admission.limits.context_tokens or model.context_tokens)
+        context = min(model.context_tokens, limits.context_tokens or model.context_tokens)
         if longest > context:
             raise ContextLengthExceeded(
                 f"The prompt has {longest} tokens; prompt and answer together may have {context}."
@@ -273,133 +232,170 @@ class Gateway:
         return with_text_prompts(request, await self.engine.detokenize(model.base, tokens))
 
     def _decide(
-        self, turn: Turn, principal: Principal, model: ModelInfo, request: InferenceRequest
-    ) -> Decision:
-        decision = self.policy.decide(
-            principal, model, request.operation.value, turn.input_inspection
-        )
-        turn.decision = decision
-        self._enforce(decision)
-        return decision
-
-    @staticmethod
-    def _enforce(decision: Decision) -> None:
-        if decision.effect is not Effect.ALLOW:
-            raise BlockedByPolicy(decision.message or "", None, None, decision.rule_ids)
-
-    async def _reserve(
         self,
         turn: Turn,
         principal: Principal,
         request: InferenceRequest,
-        decision: Decision,
-        route: Route,
+        options: Sequence[Option],
+    ) -> tuple[Option, ...]:
+        """Decide again, with what inspection found; the turn carries the first, until routed."""
+        models = [option.model for option in options]
+        options = self.selection.decide(principal, models, request, turn.input_inspection)
+        turn.decision = options[0].decision
+        return allowed(options)
+
+    async def _route(
+        self,
+        turn: Turn,
+        principal: Principal,
+        request: InferenceRequest,
+        options: Sequence[Option],
+    ) -> Route:
+        return await self.router.route(
+            RouteAsk(
+                request_id=turn.request_id,
+                request=request,
+                permitted=tuple(option.model for option in options),
+                auto=request.model == AUTO,
+                department=principal.department,
+                principal_key=principal.key,
+                priority_class=options[0].decision.priority_class,
+                account=self.ledger.usage(principal.department),
+            )
+        )
+
+    async def _answer(
+        self,
+        turn: Turn,
+        principal: Principal,
+        request: InferenceRequest,
+        options: Sequence[Option],
+    ) -> AsyncGenerator[GatewayEvent, None]:
+        """Reserve, record and stream; at the next model, while nothing was released yet."""
+        fallbacks = Fallbacks(turn.route, options)
+        released = False
+        while True:
+            try:
+                reader = self._reader(turn, request)
+                asked = with_logprobs(request) if reader else request
+                hold, dispatch = await self._reserve(turn, principal, asked, fallbacks.option)
+                turn.lap("reserve")
+                await self.audit.decided(turn)
+                turn.lap("record_decided")
+                stream = self._stream(turn, request, hold, dispatch, reader)
+                async with aclosing(stream) as events:
+                    async for event in events:
+                        released = True
+                        yield event
+                return
+            except (GatehouseError, Escalated) as error:
+                route = None if released else fallbacks.after(error)
+                if route is None:
+                    raise
+                await self._closer.supersede(turn, error)
+                turn.route = route
+
+    @staticmethod
+    def _reader(turn: Turn, request: InferenceRequest) -> DraftReader | None:
+        """Reads an answer that is judged before it is released, where the route says so."""
+        route = turn.route
+        if route is None or route.draft is None or not route.fallbacks or not can_draft(request):
+            return None
+        return DraftReader(route.draft, request)
+
+    async def _reserve(
+        self, turn: Turn, principal: Principal, request: InferenceRequest, option: Option
     ) -> tuple[Hold, Dispatch]:
         """Fix the exact bytes that the engine will get, and reserve what they may cost."""
-        turn.max_tokens = max_tokens = self._answer_tokens(request, decision, route.model)
-        priority = PRIORITY[decision.priority_class]
-        turn.body = forward_body(
+        turn.decision = option.decision
+        planned = plan(
+            turn.request_id,
+            turn.decision_id,
+            principal,
             request,
-            model=route.model.id,
-            max_tokens=max_tokens,
-            cache_salt=principal.department,
-            priority=priority,
+            option,
+            self.max_answer_tokens,
         )
-        ask = BudgetAsk(
-            request_id=turn.request_id,
-            department=principal.department,
-            model=route.model.id,
-            base_model=route.model.base,
-            operation=request.operation,
-            prompt_bytes=len(turn.body),
-            choices=request.choices,
-            max_tokens=0 if request.operation is Operation.EMBEDDINGS else max_tokens,
-        )
+        turn.max_tokens, turn.body = planned.max_tokens, planned.body
         try:
-            turn.hold = hold = await self.ledger.reserve(ask)
+            turn.hold = hold = await self.ledger.reserve(planned.ask)
         finally:
             turn.account = self.ledger.usage(principal.department)
         turn.reservation = hold.reservation
-        return hold, Dispatch(
-            request_id=turn.request_id,
-            decision_id=turn.decision_id,
-            model=route.model.id,
-            base_model=route.model.base,
-            operation=request.operation,
-            body=turn.body,
-            principal_key=principal.key,
-            department=principal.department,
-            priority=priority,
-            max_tokens=max_tokens * request.choices,
-            reservation_id=hold.reservation.id,
-            affinity=affinity_key(principal.department, opening(request)),
-            context_tokens=decision.limits.context_tokens,
-        )
-
-    def _answer_tokens(
-        self, request: InferenceRequest, decision: Decision, model: ModelInfo
-    ) -> int:
-        """Answer tokens per choice: what was asked, or the platform's bound, within the policy.
-
-        Never more than the model can hold, so that nothing is reserved that cannot be spent.
-        """
-        wanted = min(request.max_tokens or self.max_answer_tokens, model.context_tokens)
-        most = decision.limits.max_tokens
-        return wanted if most is None else max(1, min(wanted, most // request.choices))
+        return hold, planned.dispatch(hold.reservation)
 
     async def _stream(
-        self, turn: Turn, request: InferenceRequest, hold: Hold, dispatch: Dispatch
+        self,
+        turn: Turn,
+        request: InferenceRequest,
+        hold: Hold,
+        dispatch: Dispatch,
+        reader: DraftReader | None,
     ) -> AsyncGenerator[GatewayEvent, None]:
         """Stream from the engine through output inspection; hold the end until it is recorded.
 
         The hold grows chunk by chunk ahead of the engine: when the account is used up, the stream
-        is closed, which aborts the engine's work.
+        is closed, which aborts the engine's work. ``Accepted`` comes with the first piece, so
+        that until then another model can answer, or an error be told as one.
         """
         inspection = self.inspector.open_output(turn)
-        held: list[bytes] = []
-        unfinished = request.choices
+        outlet = _Outlet(request.choices)
         finished: EngineFinished | None = None
         async with aclosing(self.engine.stream(dispatch)) as events:
             async for event in events:
                 if isinstance(event, EngineChunk):
                     if hold.consumed(event.tokens, event.gpu_us):
                         await hold.extend()
-                    released = inspection.feed(event)
-                    if released is None:
-                        continue
-                    if not turn.first_chunk_us:
-                        turn.first_chunk_us = self.clock()
-                    unfinished -= released.data.count(_FINISH)
-                    if unfinished <= 0:
-                        held.append(released.data)
-                        continue
-                    turn.sent_bytes += len(released.data)
-                    self.audit.output(turn, released.data)
-                    yield released
+                    outlet.take(inspection.feed(reader.read(event) if reader else event))
+                    if reader and not reader.judged:
+                        if not reader.due:
+                            continue
+                        self._judge(turn, reader, outlet)
+                    for piece in outlet.ready():
+                        if not turn.first_chunk_us:
+                            turn.first_chunk_us = self.clock()
+                            yield Accepted(request, turn)
+                        turn.sent_bytes += len(piece.data)
+                        self.audit.output(turn, piece.data)
+                        yield piece
                 elif isinstance(event, EngineStarted):
                     turn.accepted_us = self.clock()
                     turn.replica_id = event.replica_id
+                    turn.replicas_asked = event.replicas_asked
                     turn.model_version = event.model_version
                     turn.engine_version = event.engine_version
                     if event.prompt_tokens:
                         await hold.started(event.prompt_tokens)
                     turn.lap("engine_start")
-                    yield Accepted(request, turn)
                 else:
                     finished = event
         if finished is None:
             raise InternalError()
-        rest, turn.output_inspection = inspection.finish()
-        if rest is not None:
-            held.append(rest.data)
-        tail = b"".join(held)
         turn.usage, turn.gpu_us = finished.usage, finished.gpu_us
+        rest, turn.output_inspection = inspection.finish()
+        outlet.take(rest)
+        if reader and not reader.judged:
+            self._judge(turn, reader, outlet)
+        tail = outlet.rest()
+        if not turn.first_chunk_us:
+            turn.first_chunk_us = self.clock()
+            yield Accepted(request, turn)
         turn.finish_reason = _finish_reason(tail)
         turn.sent_bytes += len(tail)
         self.audit.output(turn, tail)
         turn.outcome, turn.status = Outcome.COMPLETED, 200
         await self._closer.close(turn)
         yield Answer(tail, finished)
+
+    def _judge(self, turn: Turn, reader: DraftReader, outlet: _Outlet) -> None:
+        """Keep the answer that was held back, or record it and leave it to the next model."""
+        try:
+            verdict = reader.judge()
+        except Escalated:
+            self.audit.output(turn, outlet.rest())
+            raise
+        if turn.route is not None:
+            turn.route = replace(turn.route, detail={**turn.route.detail, **verdict.detail})
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -419,6 +415,38 @@ class Gateway:
     async def drain(self) -> None:
         """Wait for all turns that are being settled and recorded."""
         await self._closer.drain()
+
+
+class _Outlet:
+    """Pieces of an answer on their way out; keeps the end of the last choice back."""
+
+    def __init__(self, choices: int) -> None:
+        self._unfinished = choices
+        self._waiting: list[EngineChunk] = []
+        self._held: list[bytes] = []
+
+    def take(self, piece: EngineChunk | None) -> None:
+        """Take a piece in that inspection has released, if any."""
+        if piece is not None:
+            self._waiting.append(piece)
+
+    def ready(self) -> list[EngineChunk]:
+        """Pieces that may leave now; all but those of the end."""
+        ready = []
+        for piece in self._waiting:
+            self._unfinished -= piece.data.count(_FINISH)
+            if self._unfinished > 0:
+                ready.append(piece)
+            else:
+                self._held.append(piece.data)
+        self._waiting.clear()
+        return ready
+
+    def rest(self) -> bytes:
+        """Everything that has not left."""
+        self._held += [piece.data for piece in self._waiting]
+        self._waiting.clear()
+        return b"".join(self._held)
 
 
 def _finish_reason(tail: bytes) -> str | None:

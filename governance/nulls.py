@@ -6,18 +6,17 @@ ledger for one with a generous budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from governance.budget.messages import AccountState
 from governance.types import (
     Amount,
     BudgetAsk,
     EngineChunk,
-    InferenceRequest,
     Inspection,
-    ModelInfo,
     Reservation,
     Route,
+    RouteAsk,
     TextLeaf,
     Turn,
     Usage,
@@ -54,11 +53,12 @@ class NullOutputInspection:
 class FixedRouter:
     """Sends a request to the model it names; there is no ``auto``."""
 
+    offers_auto = False
     announce = "routing: by name - 'auto' is not offered, callers name their model"
 
-    async def route(self, request: InferenceRequest, permitted: Sequence[ModelInfo]) -> Route:
+    async def route(self, ask: RouteAsk) -> Route:
         """Pick the only permitted model: the one the caller named."""
-        return Route(model=permitted[0], reason="named")
+        return Route(model=ask.permitted[0], reason="named")
 
 
 class NullLedger:

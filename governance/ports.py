@@ -17,16 +17,17 @@ from governance.types import (
     Dispatch,
     EngineChunk,
     EngineEvent,
-    InferenceRequest,
     Inspection,
     ModelInfo,
     Principal,
     Reservation,
     Route,
+    RouteAsk,
     TextLeaf,
     Turn,
     Usage,
 )
+from routing.types import ModelLoad, Verdict
 
 Clock = Callable[[], int]
 """Wall clock in microseconds since the epoch."""
@@ -95,8 +96,30 @@ class OutputInspection(Protocol):
 class Router(Protocol):
     """route: choose among the models that policy permits. Knows no policy."""
 
-    async def route(self, request: InferenceRequest, permitted: Sequence[ModelInfo]) -> Route:
-        """Pick one of ``permitted`` (never empty)."""
+    offers_auto: bool
+    """Whether callers may leave the choice to the platform."""
+
+    async def route(self, ask: RouteAsk) -> Route:
+        """Pick one of ``ask.permitted``; never raises for want of a score or of a replica."""
+        ...
+
+
+class Draft(Protocol):
+    """Judges the answer of a model that may be replaced by a better one's, as it is generated."""
+
+    hold_tokens: int
+    """Answer tokens that are held back at most until the verdict."""
+
+    def feed(self, text: str, logprobs: Sequence[float]) -> None:
+        """Take in a piece of the answer, with the log-probability of each of its tokens."""
+        ...
+
+    def verdict(self, finish_reason: str | None) -> Verdict:
+        """Whether another model shall answer instead; asked once.
+
+        Args:
+            finish_reason: Why the answer ended; ``None`` where it goes on.
+        """
         ...
 
 
@@ -238,4 +261,8 @@ class Engine(Protocol):
 
     def ready(self, base_model: str) -> bool:
         """Whether at least one replica of this model can take requests."""
+        ...
+
+    def load(self, base_model: str) -> ModelLoad:
+        """How busy the replicas of this model are, as far as this gateway knows; microseconds."""
         ...

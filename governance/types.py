@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from governance.budget.messages import AccountState
-    from governance.ports import Hold
+    from governance.ports import Draft, Hold
 
 
 class Operation(StrEnum):
@@ -186,11 +186,50 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteAsk:
+    """What a router may know of a request."""
+
+    request_id: str
+    request: InferenceRequest
+    permitted: tuple[ModelInfo, ...]
+    """Models that policy permits for this request, in catalogue order; never empty."""
+    auto: bool
+    """Whether the caller left the choice to the platform; else ``permitted`` is what it named."""
+    department: str
+    principal_key: str
+    priority_class: str
+    """``critical``, ``standard`` or ``batch``."""
+    account: AccountState | None = None
+    """State of the department's account, where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Which model answers, and why."""
 
     model: ModelInfo
     reason: str
+    auto: bool = False
+    """The platform chose."""
+    fallbacks: tuple[ModelInfo, ...] = ()
+    """Models to try, in order, where the first cannot answer and nothing was released yet."""
+    draft: Draft | None = None
+    """The model's answer is held back and judged first: a cascade. ``fallbacks`` starts with the
+    model that answers instead."""
+    detail: Mapping[str, int | str | bool | None] = field(default_factory=dict)
+    """What the choice rests on, for the record; fractions in thousandths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A model that was tried for a request before the one that answered."""
+
+    model: str
+    why: str
+    """Why its answer was not released: code of an error, or ``cascade``."""
+    gpu_us: int | None
+    """Device-microseconds metered; ``None`` where the engine had not said."""
+    charged: Amount | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +323,8 @@ class EngineStarted:
     engine_version: str
     prompt_tokens: int = 0
     """Tokens of the prompts taken so far; 0 where the engine did not say."""
+    replicas_asked: int = 1
+    """Replicas that were offered the request until this one took it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +389,8 @@ class Turn:
     decided_event_id: str | None = None
     """Audit event of the decision, once it is durable; cells of content hang on it."""
     replica_id: str | None = None
+    replicas_asked: int = 0
+    """Replicas of the model that were offered the request; 0 while none has taken it."""
     model_version: str | None = None
     engine_version: str | None = None
     output_inspection: Inspection | None = None
@@ -369,6 +412,14 @@ class Turn:
     """Microseconds that each stage took, by name, in the order of the path."""
     account: AccountState | None = None
     """State of the caller's account when the request was admitted or refused."""
+    attempt: int = 1
+    """Which model in turn is being tried; each attempt is decided, settled and recorded."""
+    attempt_us: int = 0
+    """When this attempt began; 0 for the first, which began with the turn."""
+    superseded: str | None = None
+    """``fallback`` or ``cascade`` while an attempt ends whose answer is not released."""
+    earlier: tuple[Attempt, ...] = ()
+    """Attempts before this one."""
     notes: dict[str, str] = field(default_factory=dict)
     monotonic: Callable[[], int] = lambda: 0
     """Clock of the laps: microseconds that never go back."""
@@ -380,3 +431,49 @@ class Turn:
         now = self.monotonic()
         self.stage_us[stage] = self.stage_us.get(stage, 0) + now - self.lap_us
         self.lap_us = now
+
+    def begin_again(self, now_us: int) -> None:
+        """The attempt has ended and is on record: forget what belongs to it alone.
+
+        Args:
+            now_us: Wall clock, microseconds.
+        """
+        if self.route is None:
+            raise ValueError("nothing was attempted yet")
+        why = "cascade" if self.superseded == "cascade" else self.error_code or "failed"
+        tried = Attempt(self.route.model.id, why, self.gpu_us, self.charged)
+        self.earlier = (*self.earlier, tried)
+        self.attempt += 1
+        self.attempt_us = now_us
+        for name in _OF_AN_ATTEMPT:
+            setattr(self, name, None)
+        for name in _NUMBERS_OF_AN_ATTEMPT:
+            setattr(self, name, 0)
+
+
+_OF_AN_ATTEMPT = (
+    "hold",
+    "reservation",
+    "body",
+    "max_tokens",
+    "decided_event_id",
+    "replica_id",
+    "model_version",
+    "engine_version",
+    "output_inspection",
+    "usage",
+    "gpu_us",
+    "charged",
+    "finish_reason",
+    "outcome",
+    "error_code",
+    "superseded",
+)
+_NUMBERS_OF_AN_ATTEMPT = (
+    "status",
+    "replicas_asked",
+    "accepted_us",
+    "first_chunk_us",
+    "ended_us",
+    "sent_bytes",
+)

@@ -23,6 +23,7 @@ from governance.types import (
     Turn,
     Usage,
 )
+from routing.types import ModelLoad
 
 VERSION = "sha256:" + "ab" * 32
 
@@ -105,6 +106,9 @@ class ScriptedEngine:
 
     def ready(self, base_model: str) -> bool:
         return True
+
+    def load(self, base_model: str) -> ModelLoad:
+        return ModelLoad(replicas=1, slots=256)
 
     async def detokenize(self, base_model: str, prompts: list[list[int]]) -> list[str]:
         return [" ".join(f"t{token}" for token in prompt) for prompt in prompts]

@@ -56,8 +56,8 @@ def budget_headers(state: AccountState, now_us: int | None = None) -> dict[str, 
 def cost_headers(turn: Turn) -> dict[str, str]:
     """What a finished request took; empty where the engine did not say."""
     headers = {}
-    if turn.gpu_us is not None:
-        headers[GPU_MS] = milliseconds(turn.gpu_us)
+    if (gpu_us := _metered_us(turn)) is not None:
+        headers[GPU_MS] = milliseconds(gpu_us)
     if (charged := _charged(turn)) is not None:
         headers[CHARGED_GPU_MS] = milliseconds(charged.gpu_us)
     return headers
@@ -67,14 +67,21 @@ def cost_object(turn: Turn) -> Json:
     """The ``gatehouse`` object beside OpenAI's fields of an answer.
 
     ``gpu_us`` is metered device time, ``charged_us`` the same weighted by the accelerator; either
-    is ``null`` where it is not known.
+    is ``null`` where it is not known. Both are over all models that were tried: what was tried
+    before the one that answered is in ``attempts``, where there was something.
     """
     charged = _charged(turn)
-    return {
+    cost: Json = {
         "request_id": turn.request_id,
-        "gpu_us": turn.gpu_us,
+        "gpu_us": _metered_us(turn),
         "charged_us": None if charged is None else charged.gpu_us,
     }
+    if turn.earlier:
+        cost["attempts"] = [
+            {"model": attempt.model, "why": attempt.why, "gpu_us": attempt.gpu_us}
+            for attempt in turn.earlier
+        ]
+    return cost
 
 
 def account_object(state: AccountState, age_ms: int) -> Json:
@@ -121,11 +128,19 @@ def milliseconds(span_us: int) -> str:
     return f"{span_us // 1000}.{span_us % 1000:03d}"
 
 
-def _charged(turn: Turn) -> Amount | None:
-    """What was charged; ``None`` where there is no account to charge."""
-    if turn.reservation is None or turn.reservation.account is None:
+def _metered_us(turn: Turn) -> int | None:
+    """Device time over all attempts, as far as engines have said; ``None`` if the last did not."""
+    if turn.gpu_us is None:
         return None
-    return turn.charged
+    return turn.gpu_us + sum(attempt.gpu_us or 0 for attempt in turn.earlier)
+
+
+def _charged(turn: Turn) -> Amount | None:
+    """What was charged over all attempts; ``None`` where there is no account to charge."""
+    if turn.reservation is None or turn.reservation.account is None or turn.charged is None:
+        return None
+    earlier = [attempt.charged for attempt in turn.earlier if attempt.charged is not None]
+    return sum(earlier, turn.charged)
 
 
 def _amount(amount: Amount) -> Json:

@@ -19,6 +19,8 @@ MODEL = "x-gatehouse-model"
 MODEL_VERSION = "x-gatehouse-model-version"
 ENGINE_VERSION = "x-gatehouse-engine-version"
 ROUTE_REASON = "x-gatehouse-route-reason"
+ATTEMPTS = "x-gatehouse-attempts"
+REPLICAS_ASKED = "x-gatehouse-replicas-asked"
 RULES = "x-gatehouse-rules"
 
 _CHALLENGE = 'Bearer realm="gatehouse"'
@@ -88,6 +90,11 @@ def turn_headers(turn: Turn) -> Mapping[str, str]:
     if turn.route is not None:
         headers[MODEL] = turn.route.model.id
         headers[ROUTE_REASON] = turn.route.reason
+        if turn.earlier:
+            tried = [f"{attempt.model}={attempt.why}" for attempt in turn.earlier]
+            headers[ATTEMPTS] = ",".join([*tried, turn.route.model.id])
+    if turn.replicas_asked > 1:
+        headers[REPLICAS_ASKED] = str(turn.replicas_asked)
     if turn.model_version:
         headers[MODEL_VERSION] = turn.model_version
     if turn.engine_version:

@@ -9,6 +9,7 @@ import random
 import ssl
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import orjson
@@ -30,6 +31,7 @@ from governance.errors import (
 )
 from governance.types import Dispatch, EngineEvent, EngineFinished, EngineStarted
 from routing.affinity import DepartmentShare, choose
+from routing.types import ModelLoad
 
 RETRY_UNAVAILABLE_S = 2
 RETRY_OVERLOADED_S = 1
@@ -130,6 +132,22 @@ class DataPlaneEngine:
             for replica in self._replicas.values()
         )
 
+    def load(self, base_model: str) -> ModelLoad:
+        """How busy the live replicas of this model are, by what they pushed last."""
+        live = [
+            replica
+            for replica in self._replicas.values()
+            if replica.address.base_model == base_model and replica.live
+        ]
+        states = [replica.state(with_prefixes=False) for replica in live]
+        return ModelLoad(
+            replicas=len(live),
+            running=sum(state.running for state in states),
+            waiting=sum(state.waiting for state in states),
+            slots=len(live) * self._slots.get(base_model, DEFAULT_SLOTS),
+            in_flight=sum(state.in_flight for state in states),
+        )
+
     @property
     def buffered_bytes(self) -> int:
         """Bytes of answers in user space that consumers have not taken yet."""
@@ -179,7 +197,7 @@ class DataPlaneEngine:
                     started = await self._begin(
                         connection, FrameType.REQUEST, header, dispatch.body, start_by
                     )
-                    yield cast(EngineStarted, started)
+                    yield replace(cast(EngineStarted, started), replicas_asked=len(tried) + 1)
                     connection.set_chunk_timeout(self._chunk_timeout_s)
                     while True:
                         event = cast(EngineEvent, await connection.receive())

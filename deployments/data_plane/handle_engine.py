@@ -20,6 +20,7 @@ from deployments.data_plane.tickets import TicketSigner
 from deployments.errors import map_error
 from governance.errors import EngineFailed, EngineTimeout, EngineUnavailable, Overloaded
 from governance.types import Dispatch, EngineEvent, EngineFinished, EngineStarted
+from routing.types import ModelLoad
 
 
 class HandleEngine:
@@ -54,6 +55,11 @@ class HandleEngine:
     def ready(self, base_model: str) -> bool:
         """Whether there is a handle; whether a replica answers, only Serve knows."""
         return base_model in self._handles
+
+    def load(self, base_model: str) -> ModelLoad:
+        """What this gateway has open, over all models; how busy replicas are, only Serve knows."""
+        replicas = 1 if base_model in self._handles else 0
+        return ModelLoad(replicas, slots=self._max_in_flight, in_flight=self.in_flight)
 
     async def close(self) -> None:
         """Nothing is held open between requests."""

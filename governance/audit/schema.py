@@ -38,6 +38,10 @@ class EventType(StrEnum):
     """Written for a ``decided`` whose gateway died before it could record an end."""
     SETTLED = "usage.settled"
     """The engine's own account of a request whose gateway did not get it: it hung up or died."""
+    SHADOW = "route.shadow"
+    """The large model answered a request, in idle time, that the small one had answered, for
+    comparison; ``parent_event_id`` is the ``decided`` of the latter, ``detail`` says how far the
+    answers agree."""
     METER_INTERVAL = "meter.interval"
     """Device time of one engine replica since its last such event; ``detail`` says busy,
     attributed, idle and unattributed microseconds."""

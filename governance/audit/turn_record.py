@@ -6,12 +6,13 @@ lengths and keys stand here. What a stage has not found yet is null.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from governance.audit.schema import EventType
-from governance.types import Inspection, Outcome, Principal, Turn
+from governance.types import Inspection, Outcome, Principal, Route, Turn
 
 _PROVIDER = "gatehouse"
 _I64 = 2**63
@@ -44,7 +45,7 @@ def ended_event(turn: Turn, event_id: str) -> dict[str, Any]:
     if turn.first_chunk_us:
         event["ttft_us"] = max(0, turn.first_chunk_us - turn.started_us)
     if decided:
-        event["response_bytes"] = turn.sent_bytes
+        event["response_bytes"] = 0 if turn.superseded else turn.sent_bytes
     _usage(event, turn)
     return event
 
@@ -70,7 +71,7 @@ def _common(turn: Turn, event_id: str) -> dict[str, Any]:
     notes = turn.notes
     event: dict[str, Any] = {
         "event_id": event_id,
-        "ts_us": turn.started_us,
+        "ts_us": turn.attempt_us or turn.started_us,
         "request_id": turn.request_id,
         "decision_id": turn.decision_id,
         "trace_id": notes.get("trace_id"),
@@ -137,6 +138,25 @@ def _what(event: dict[str, Any], turn: Turn) -> None:
         event["adapter"] = route.model.id if route.model.id != route.model.base else None
         event["route_target"] = "internal"
         event["route_reason"] = route.reason
+        if detail := _route_detail(turn, route):
+            event["detail"] = canonical_detail({"route": detail})
+
+
+def _route_detail(turn: Turn, route: Route) -> dict[str, Any]:
+    """What a choice of the platform rests on, in thousandths; and what was not the usual way."""
+    detail: dict[str, Any] = dict(route.detail)
+    if route.auto:
+        detail |= {"auto": True, "attempt": turn.attempt}
+    if turn.superseded is not None:
+        detail["superseded"] = turn.superseded
+    if turn.replicas_asked > 1:
+        detail["replicas_asked"] = turn.replicas_asked
+    return detail
+
+
+def canonical_detail(detail: Mapping[str, Any]) -> str:
+    """The ``detail`` column: JSON with sorted keys."""
+    return orjson.dumps(detail, option=orjson.OPT_SORT_KEYS).decode()
 
 
 def _data(event: dict[str, Any], turn: Turn) -> None:

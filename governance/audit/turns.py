@@ -30,7 +30,12 @@ from governance.audit.content import Cell, joined_commit
 from governance.audit.keystore import DataKey, KeyScope, Keystore, KeystoreError
 from governance.audit.randomness import random_bytes as pooled
 from governance.audit.refusals import Caller, Refusals
-from governance.audit.turn_record import decided_event, ended_event, refused_input
+from governance.audit.turn_record import (
+    canonical_detail,
+    decided_event,
+    ended_event,
+    refused_input,
+)
 from governance.audit.ulid import new_ulid
 from governance.audit.unwritten import INCOMPLETE, UnwrittenEnds
 from governance.audit.writer import AuditWriter
@@ -201,7 +206,8 @@ class TurnAudit:
         if counted:
             detail["suppressed"] = counted
         if detail:
-            event["detail"] = orjson.dumps(detail).decode()
+            known = orjson.loads(event.get("detail") or b"{}")
+            event["detail"] = canonical_detail({**known, **detail})
         try:
             await self._writer.write(event, cells)
         except AuditUnavailable:

@@ -230,11 +230,16 @@ async def test_a_refused_connection_leads_to_another_replica(cluster: Cluster) -
     engine = await cluster.engine(first, second)
     first.server._listener.close()  # type: ignore[union-attr]  # the state connection still stands
 
+    asked = 0
     for number in range(8):
-        await collect(engine, dispatch_of({"count": 1}, request_id=f"r-{number}"))
+        events = await collect(engine, dispatch_of({"count": 1}, request_id=f"r-{number}"))
+        started = events[0]
+        assert isinstance(started, EngineStarted)
+        asked += started.replicas_asked
 
     assert second.backend.calls["chat"] == 8
     assert engine.retries > 0
+    assert asked == 8 + engine.retries
     assert engine.in_flight == 0
 
 
