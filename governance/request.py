@@ -199,6 +199,19 @@ def opening(request: InferenceRequest) -> list[str]:
     ]
 
 
+def question(request: InferenceRequest) -> str:
+    """What an answer answers: the last message of the user, or the first prompt."""
+    if request.operation is not Operation.CHAT:
+        prompt = request.body[REQUIRED[request.operation]]
+        return prompt if isinstance(prompt, str) else str(prompt[0])
+    messages = request.body["messages"]
+    asked = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
+    content = asked.get("content")
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content or ())
+
+
 def forward_body(
     request: InferenceRequest, *, model: str, max_tokens: int, cache_salt: str, priority: int
 ) -> bytes:
