@@ -18,6 +18,8 @@ from deployments.engine import EngineDeployment
 from deployments.engine_config import engine_options, located
 from deployments.ingress import GatewayIngress
 from deployments.ledger_budgets import Budgets
+from deployments.routing.plan import RoutingPlan
+from deployments.routing.router_deployment import RouterDeployment, router_options
 from deployments.settings import from_environment
 from governance.budget.config import load_budgets
 from governance.identity.config import load_identity
@@ -28,7 +30,7 @@ DRAIN_TIMEOUT_S = 60.0
 
 
 def build_app(args: AppConfig) -> Application:
-    """Build the application: one deployment per model, and the gateway in front.
+    """Build the application: one deployment per model, one for scores, and the gateway in front.
 
     Args:
         args: What runs.
@@ -60,6 +62,7 @@ def assemble(args: AppConfig, engine: type, ingress: type = GatewayIngress) -> A
     deployment: Any = serve.deployment
     # Ray replaces a loopback node address by an outer one, so local mode names it here.
     host = "127.0.0.1" if args.mode == "local" else None
+    routing = RoutingPlan.of(args, root, limits)
     models = [located(model, root) for model in args.models]
     engines = {
         model.id: deployment(engine, **engine_options(model)).bind(
@@ -84,5 +87,18 @@ def assemble(args: AppConfig, engine: type, ingress: type = GatewayIngress) -> A
         budgets.dump(),
         settings.dump(),
         engines,
+        routing.dump(),
+        _scorer(args, routing),
     )
     return application
+
+
+def _scorer(args: AppConfig, routing: RoutingPlan) -> Application | None:
+    """The scorer's deployment, where it has one."""
+    if routing.scorer is None or args.router.place == "gateway":
+        return None
+    deployment: Any = serve.deployment
+    scorer: Application = deployment(RouterDeployment, **router_options(args.router)).bind(
+        args.router.model_dump(mode="json"), routing.scorer
+    )
+    return scorer

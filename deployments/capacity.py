@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,9 @@ class GpuNeed:
 
 
 def needs(config: AppConfig) -> list[GpuNeed]:
-    """GPUs per model; a model that scales to zero still has to fit once."""
+    """GPUs per model, and for scores; a model that scales to zero still has to fit once."""
+    router = config.router
+    scores = math.ceil(router.gpus * router.replicas.min)
     return [
         GpuNeed(
             model.id,
@@ -43,7 +46,7 @@ def needs(config: AppConfig) -> list[GpuNeed]:
         )
         for model in config.models
         if model.accelerator.kind == "gpu"
-    ]
+    ] + ([GpuNeed("router", None, scores)] if scores else [])
 
 
 def shortfalls(wanted: Sequence[GpuNeed], groups: Sequence[NodeGroup]) -> list[str]:

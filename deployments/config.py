@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from governance.selection import AUTO
 from governance.types import ModelInfo, Operation
 
 
@@ -172,6 +173,43 @@ class GatewayConfig(Section):
     """``socket``: own pooled connections; ``handle``: Serve handles, the slower reference."""
 
 
+class RouterConfig(Section):
+    """The scorer of prompts behind the model `auto`; which model it leads to is in the models file.
+
+    Nothing is scored where fewer than two served models have a card there.
+    """
+
+    place: Literal["gateway", "deployment"] = "deployment"
+    """``deployment``: Serve replicas of its own, which several gateways share; ``gateway``: a
+    thread in each gateway, which saves the way there."""
+    artefact: str | None = None
+    """Folder of a trained scorer, the same on every node; ``None`` for the built-in one."""
+    replicas: ReplicasConfig = ReplicasConfig(target_load=4)
+    """Of the deployment."""
+    cpus: float = Field(default=1.0, ge=0.0)
+    """CPUs reserved for each replica of the deployment."""
+    gpus: float = Field(default=0.0, ge=0.0, le=1.0)
+    """GPU of a replica, or a part of one; needs onnxruntime with CUDA. The built-in scorer, which
+    has 8-bit matrices for CPUs, gains nothing from one."""
+    threads: int = Field(default=1, ge=1, le=64)
+    """Threads that score one prompt."""
+    max_batch: int = Field(default=4, ge=1, le=256)
+    """Prompts that are scored together. On a CPU more save little, and all that are in a batch
+    wait for its end."""
+    batch_wait_ms: float = Field(default=0.0, ge=0.0, le=1000.0)
+    """How long a batch that follows another may wait to become full; the first never does."""
+    max_waiting: int = Field(default=64, ge=1, le=10_000)
+    """Prompts waiting at one scorer; more go without a score at once."""
+
+    @model_validator(mode="after")
+    def _gpu_has_a_place(self) -> "RouterConfig":
+        if self.gpus and self.place == "gateway":
+            raise ValueError("router.gpus: a gateway has no GPU; use place: deployment")
+        if self.replicas.min < 1:
+            raise ValueError("router.replicas.min must be at least 1")
+        return self
+
+
 class AppConfig(Section):
     """Argument of ``deployments.app:build_app``."""
 
@@ -183,8 +221,11 @@ class AppConfig(Section):
     """Path of the policy file."""
     budgets: str = "config/budgets.yaml"
     """Path of the budgets file."""
+    models_file: str = "config/models.yaml"
+    """Path of the models file: what each model can do, and how `auto` chooses among them."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
+    router: RouterConfig = RouterConfig()
 
     @model_validator(mode="after")
     def _unique_ids(self) -> "AppConfig":
@@ -193,6 +234,8 @@ class AppConfig(Section):
             if info.id in seen:
                 raise ValueError(f"model id {info.id!r} is used twice")
             seen.add(info.id)
+        if AUTO in seen:
+            raise ValueError(f"no model may be called {AUTO!r}: by it callers leave the choice")
         for model in self.models:
             if self.mode == "cluster" and model.is_hub and model.revision is None:
                 raise ValueError(f"model {model.id!r}: pin a revision (commit) of {model.source!r}")

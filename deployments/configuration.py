@@ -10,9 +10,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from deployments.preflight import Check, Status
+from deployments.routing.plan import checked_artefact, checked_models
 from deployments.serve_file import ServeFile, load_serve_file
 from deployments.settings import Settings, from_environment
-from governance.budget.config import load_budgets
+from governance.budget.config import BudgetsConfig, load_budgets
 from governance.identity.config import IdentityConfig, load_identity
 from governance.policy.load import load_policy
 from governance.yaml_config import ConfigError
@@ -49,7 +50,7 @@ def settings_for(config: Path, environ: Mapping[str, str] | None = None) -> Sett
 
 
 def load_installation(config: Path) -> Installation:
-    """Load the serve file and the identity file, and check the policy and the budgets.
+    """Load the serve file and the identity file, and check the other files.
 
     Raises:
         ConfigError: The first thing that is wrong.
@@ -58,7 +59,9 @@ def load_installation(config: Path) -> Installation:
     file = load_serve_file(config)
     identity = _identity(file, settings)
     load_policy(settings.config_root / file.app.policy, file.app.model_infos())
-    load_budgets(settings.config_root / file.app.budgets)
+    budgets = load_budgets(settings.config_root / file.app.budgets)
+    checked_models(file.app, settings.config_root, budgets)
+    checked_artefact(file.app, settings.config_root)
     return Installation(config, settings, file, identity)
 
 
@@ -75,8 +78,15 @@ def check_configuration(config: Path) -> list[Check]:
     checks.append(_attempt("identity", app.identity, lambda: _identity(file, settings)))
     policy = settings.config_root / app.policy
     checks.append(_attempt("policy", app.policy, lambda: load_policy(policy, app.model_infos())))
-    budgets = settings.config_root / app.budgets
-    checks.append(_attempt("budgets", app.budgets, lambda: load_budgets(budgets)))
+    root = settings.config_root
+    accounts: list[BudgetsConfig] = []
+    checks.append(
+        _attempt("budgets", app.budgets, lambda: accounts.append(load_budgets(root / app.budgets)))
+    )
+    known = accounts[0] if accounts else None
+    checks.append(_attempt("models", app.models_file, lambda: checked_models(app, root, known)))
+    artefact = app.router.artefact or "the built-in one"
+    checks.append(_attempt("scorer", artefact, lambda: checked_artefact(app, root)))
     checks += [
         _check_source(settings, model.id, model.source, model.is_hub) for model in app.models
     ]

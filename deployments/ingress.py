@@ -29,6 +29,9 @@ from deployments.data_plane.tls import client_context
 from deployments.gateway_books import GatewayBooks
 from deployments.jwks_fetch import JwksFetcher
 from deployments.logs import join_serve_log
+from deployments.routing.gateway_router import GatewayRouter
+from deployments.routing.plan import RoutingPlan
+from deployments.routing.shadow import shadow_runner
 from deployments.settings import Settings
 from deployments.telemetry.gateway import GatewayTelemetry
 from governance.admission.limits import RateLimiter
@@ -38,9 +41,11 @@ from governance.gateway import Gateway
 from governance.identity.authenticator import BearerAuthenticator
 from governance.identity.config import IdentityConfig
 from governance.identity.service_keys import ServiceKeyChecker
-from governance.nulls import FixedRouter, NullInspector
+from governance.nulls import NullInspector
 from governance.policy.engine import CompiledPolicy
 from governance.policy.model import PolicyConfig
+from governance.shadow import ShadowRunner
+from governance.shadow_tap import ShadowTap
 from governance.types import Principal
 
 log = logging.getLogger("gatehouse.ingress")
@@ -64,7 +69,9 @@ class GatewayIngress:
         policy: dict[str, Any],
         budgets: dict[str, Any],
         roots: dict[str, str],
-        engine_handles: dict[str, Any] | None = None,
+        engine_handles: dict[str, Any],
+        routing: dict[str, Any],
+        scorer_handle: Any = None,
     ) -> None:
         """Wire the gateway.
 
@@ -76,6 +83,8 @@ class GatewayIngress:
             budgets: Dump of ``Budgets``; likewise.
             roots: Dump of ``Settings``: where this node keeps its state and its evidence.
             engine_handles: Serve handles by base model, for ``data_plane: handle``.
+            routing: Dump of ``RoutingPlan``; validated where the application was built.
+            scorer_handle: Serve handle of the scorer, where it has a deployment.
         """
         join_serve_log()
         self.config = AppConfig.model_validate(config)
@@ -88,7 +97,7 @@ class GatewayIngress:
         await self.control.start(GatewayIdentity(self.gateway_id, public))
         await self.control.ready(CONTROL_TIMEOUT_S)
         signer = TicketSigner(self.gateway_id, key, now_us)
-        self.engine = self._build_engine(signer, engine_handles or {})
+        self.engine = self._build_engine(signer, engine_handles)
         self.policy = CompiledPolicy(PolicyConfig.model_validate(policy), self.config.model_infos())
         self.telemetry = GatewayTelemetry(
             self.gateway_id,
@@ -97,7 +106,12 @@ class GatewayIngress:
             self.engine.ready,
             self.control.age_s,
         )
+        self.routing = GatewayRouter(
+            RoutingPlan.load(routing), self.config.router, self.config.model_infos()
+        )
+        await self.routing.open(scorer_handle, self.telemetry.score_note)
         self.books = await self._open_books(budgets)
+        self.shadow = self._start_shadow()
         self.gateway = self._build_gateway(
             IdentityConfig.model_validate(identity), await self.control.pepper()
         )
@@ -122,7 +136,10 @@ class GatewayIngress:
     async def __del__(self) -> None:
         """Finish what is being settled and recorded, then leave the control plane."""
         await self.gateway.drain()
+        if self.shadow is not None:
+            await self.shadow.close()
         await self.engine.close()
+        await self.routing.close()
         await self.books.close()
         await self.telemetry.close()
         await self.control.stop()
@@ -138,8 +155,27 @@ class GatewayIngress:
             GatewayBooks, self.gateway_id, self.settings, budgets, now_us
         )
         await books.start()
+        self.telemetry.watch_routing(self.routing.achieved, self.routing.batcher)
         self.telemetry.watch(books, self.settings)
         return books
+
+    def _start_shadow(self) -> ShadowRunner | None:
+        """Compare a sample of answers in idle time, where the models file says so."""
+        config = self.routing.shadow
+        if config is None:
+            return None
+        runner = shadow_runner(
+            config,
+            policy=self.policy,
+            ledger=self.books.ledger,
+            audit=self.books.turns,
+            engine=self.engine,
+            clock=now_us,
+            max_answer_tokens=self.config.gateway.max_answer_tokens,
+        )
+        runner.start()
+        self.telemetry.watch_shadow(runner.stats)
+        return runner
 
     def _ready(self) -> dict[str, bool]:
         """Models by their place in the file: whoever may not use one must not learn its name."""
@@ -197,9 +233,9 @@ class GatewayIngress:
             policy=self.policy,
             limiter=RateLimiter(time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))),
             inspector=NullInspector(),
-            router=FixedRouter(),
+            router=self.routing.port(self.engine.load, lambda: self.books.leases.price, now_us),
             ledger=self.books.ledger,
-            audit=self.books.audit,
+            audit=ShadowTap(self.books.audit, self.shadow) if self.shadow else self.books.audit,
             engine=self.engine,
             clock=now_us,
             max_answer_tokens=self.config.gateway.max_answer_tokens,

@@ -33,10 +33,12 @@ import numpy.typing as npt
 
 from routing import artefact, heads
 from routing.artefact import Artefact, ArtefactError
-from routing.encoder import Encoder
+from routing.drift import Reference as Reference
+from routing.encoder import Encoded, Encoder
 from routing.features import FEATURE_NAMES, feature_matrix
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 HEADS_FILE = "heads.npz"
 
@@ -60,6 +62,10 @@ class Scores:
     """How far the prompt's own estimate counts, 0 to 1; the rest is the mean of the pair."""
     ridge: Floats
     """What the linear member alone would say of the gain: what a simple method reaches."""
+    cluster: Indices
+    """Nearest centre of the training data, 0 to the number of centres less one."""
+    similarity: Floats
+    """Cosine to that centre, -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,19 @@ class Members(heads.Arrays):
 class ComplexityScorer:
     """Scores prompts; safe to call from several threads."""
 
-    def __init__(self, checked: Artefact, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        checked: Artefact,
+        *,
+        threads: int = 1,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
         """Load from an artefact whose digests were checked.
 
         Args:
             checked: What `routing.artefact.load` gave.
             threads: Threads that the encoder may use, at least 1.
+            providers: What onnxruntime may compute the encoder with, best first.
 
         Raises:
             ArtefactError: Something is missing or does not fit.
@@ -108,12 +121,13 @@ class ComplexityScorer:
             raise ArtefactError("heads: made for other hand features; train the scorer anew")
         if self.default_pair not in self.pairs:
             raise ArtefactError("manifest: default_pair is not among pairs; restore the folder")
-        arrays = _arrays(checked.file(HEADS_FILE))
+        arrays = arrays_of(checked.file(HEADS_FILE))
         self._members = Members.read(arrays, "members")
+        self.reference = Reference.read(arrays, "reference")
         self._tuned = heads.TunedHead.read(arrays, "tuned")
         self._ridge = heads.RidgeHead.read(arrays, "ridge")
         self._trees = heads.TreesHead.read(arrays, "trees")
-        self._encoder = Encoder(checked, threads=threads)
+        self._encoder = Encoder(checked, threads=threads, providers=providers)
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 1) -> ComplexityScorer:
@@ -142,59 +156,95 @@ class ComplexityScorer:
         index = self._index(prompts, pair)
         return self._combine(prompts, index)
 
-    def members(
-        self, prompts: Sequence[str], pair: Sequence[str]
-    ) -> tuple[Floats, npt.NDArray[np.int64]]:
+    def members(self, prompts: Sequence[str], pair: Sequence[str]) -> tuple[Floats, Indices]:
         """Gain over the pair's mean by each member, ``(prompts, 3)``, for fitting their weights.
 
         And for each prompt whether it offers options, 0 or 1.
         """
-        gains, _, _, offered = self._judge(prompts, self._index(prompts, pair))
-        return gains, offered
+        found = self._judge(prompts, self._index(prompts, pair))
+        return found.gains, found.offered
 
-    def _index(self, prompts: Sequence[str], pair: Sequence[str]) -> npt.NDArray[np.int64]:
+    def _index(self, prompts: Sequence[str], pair: Sequence[str]) -> Indices:
         if len(pair) != len(prompts):
             raise ValueError(f"{len(pair)} pairs for {len(prompts)} prompts")
         known = {name: index for index, name in enumerate(self.pairs)}
         default = known[self.default_pair]
         return np.asarray([known.get(name, default) for name in pair], dtype=np.int64)
 
-    def _combine(self, prompts: Sequence[str], index: npt.NDArray[np.int64]) -> Scores:
+    def _combine(self, prompts: Sequence[str], index: Indices) -> Scores:
         own = self._members
-        gains, chances, trust, offered = self._judge(prompts, index)
-        joint = (gains * own.weights[offered]).sum(axis=1)
+        found = self._judge(prompts, index)
+        trust = trust_of(own, found.similarity)
+        joint = (found.gains * own.weights[found.offered]).sum(axis=1)
         gain = np.clip(own.mean_gain[index] + trust * joint, -1, 1)
-        half = own.mean_half[index] + trust * (chances.mean(axis=1) - own.mean_half[index])
+        half = own.mean_half[index]
+        half = half + trust * (found.chances.mean(axis=1) - half)
         return Scores(
             weak=np.clip(half - gain / 2, 0, 1),
             strong=np.clip(half + gain / 2, 0, 1),
             gain=gain,
             trust=trust,
-            ridge=own.mean_gain[index] + gains[:, 1],
+            ridge=own.mean_gain[index] + found.gains[:, 1],
+            cluster=found.cluster,
+            similarity=found.similarity,
         )
 
-    def _judge(
-        self, prompts: Sequence[str], pair: npt.NDArray[np.int64]
-    ) -> tuple[Floats, Floats, Floats, npt.NDArray[np.int64]]:
-        """Gains of the members ``(n, 3)``, chances of the tuned head ``(n, 2)``, trust ``(n,)``.
-
-        And for each prompt whether it offers options, 0 or 1.
-        """
-        own = self._members
+    def _judge(self, prompts: Sequence[str], pair: Indices) -> Judged:
         encoded = self._encoder.encode(prompts)
-        general = heads.normalise(encoded.frozen)
         hand = feature_matrix(prompts)
-        scaled = heads.standardise(hand, own.hand_mean, own.hand_deviation)
-        chances = self._tuned.chances(encoded.tuned, scaled, pair)
-        gains = [
-            chances[:, 1] - chances[:, 0] - own.mean_gain[pair],
-            self._ridge.gain(linear_inputs(general, scaled, hand), pair),
-            self._trees.gain(tree_inputs(own, general, scaled, pair)),
-        ]
-        return np.stack(gains, axis=1), chances, trust_of(own, general), offers_options(hand)
+        return judge(self._members, self._tuned, self._ridge, self._trees, encoded, hand, pair)
 
 
-def offers_options(hand: Floats) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the members say, before it is combined."""
+
+    gains: Floats
+    """``(prompts, 3)``: gain over the pair's mean by each member."""
+    chances: Floats
+    """``(prompts, 2)``: chances of weak and strong by the tuned head, 0 to 1."""
+    cluster: Indices
+    """``(prompts,)``: nearest centre."""
+    similarity: Floats
+    """``(prompts,)``: cosine to it."""
+    offered: Indices
+    """``(prompts,)``: whether the prompt offers options, 0 or 1."""
+
+
+def judge(
+    own: Members,
+    tuned: heads.TunedHead,
+    ridge: heads.RidgeHead,
+    trees: heads.TreesHead,
+    encoded: Encoded,
+    hand: Floats,
+    pair: Indices,
+) -> Judged:
+    """Ask every member.
+
+    Args:
+        own: Constants of the scorer.
+        tuned: First member.
+        ridge: Second member.
+        trees: Third member.
+        encoded: Vectors of the prompts.
+        hand: Their hand features as they are, ``(prompts, features)``.
+        pair: Index of the pair of each prompt, ``(prompts,)``.
+
+    """
+    general = heads.normalise(encoded.frozen)
+    scaled = heads.standardise(hand, own.hand_mean, own.hand_deviation)
+    chances = tuned.chances(encoded.tuned, scaled, pair)
+    gains = [
+        chances[:, 1] - chances[:, 0] - own.mean_gain[pair],
+        ridge.gain(linear_inputs(general, scaled, hand), pair),
+        trees.gain(tree_inputs(own, general, scaled, pair)),
+    ]
+    cluster, similarity = nearest(own.centroids, general)
+    return Judged(np.stack(gains, axis=1), chances, cluster, similarity, offers_options(hand))
+
+
+def offers_options(hand: Floats) -> Indices:
     """1 where a prompt offers options to choose from, 0 where it is open."""
     return (hand[:, _OPTIONS] > 0).astype(np.int64)
 
@@ -211,26 +261,44 @@ def linear_inputs(general: Floats, scaled: Floats, hand: Floats) -> Floats:
     return np.concatenate([general, *(HAND_SCALE * kind for kind in kinds)], axis=1)
 
 
-def tree_inputs(
-    own: Members, general: Floats, scaled: Floats, pair: npt.NDArray[np.int64]
-) -> Floats:
+def tree_inputs(own: Members, general: Floats, scaled: Floats, pair: Indices) -> Floats:
     """What the trees look at: hand features, principal components, which pair it is."""
     parts = (general - own.component_mean) @ own.components.T
     which = np.eye(len(own.mean_gain), dtype=np.float32)[pair]
     return np.concatenate([scaled, parts, which], axis=1)
 
 
-def trust_of(own: Members, general: Floats) -> Floats:
-    """How far an estimate counts: 1 near the training data, least far away, linear between."""
+def nearest(centroids: Floats, general: Floats) -> tuple[Indices, Floats]:
+    """The nearest centre of each vector, and the cosine to it.
+
+    Args:
+        centroids: ``(centres, width)``, unit length.
+        general: ``(prompts, width)``, of any length but zero.
+
+    Returns:
+        Index of the centre, and -1 to 1; both ``(prompts,)``.
+
+    """
     unit = general / np.linalg.norm(general, axis=1, keepdims=True)
-    nearest = (unit @ own.centroids.T).max(axis=1)
+    cosines = unit @ centroids.T
+    return cosines.argmax(axis=1), np.clip(cosines.max(axis=1), -1, 1)
+
+
+def trust_of(own: Members, similarity: Floats) -> Floats:
+    """How far an estimate counts: 1 near the training data, least far away, linear between."""
     near, far = own.far
-    reach = np.clip((nearest - far) / (near - far), 0, 1)
+    reach = np.clip((similarity - far) / (near - far), 0, 1)
     trust: Floats = (own.least_trust[0] + (1 - own.least_trust[0]) * reach).astype(np.float32)
     return trust
 
 
-def _arrays(content: bytes) -> dict[str, npt.NDArray[Any]]:
+def arrays_of(content: bytes) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a file of heads; half precision becomes single.
+
+    Raises:
+        ArtefactError: It is no such file.
+
+    """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             return {

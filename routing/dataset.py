@@ -18,8 +18,10 @@ and what to do; no prompt is ever quoted, because outcome files may hold real us
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ NEEDED = ("prompt", "weak_score", "strong_score", "pair", "source")
 NEEDED_FOR_TRAINING = (*NEEDED, "subject", "question_key", "aux_small_mean", "aux_large_mean")
 """Columns without which a file cannot be trained on."""
 
+_WORD = re.compile(r"\w+")
 _TEXT = {"prompt", "pair", "source", "subject", "question_key"}
 _MAY_BE_NULL = {"aux_small_mean", "aux_large_mean", "subject"}
 
@@ -149,17 +152,48 @@ def read(path: Path, *, training: bool = False) -> Outcomes:
     )
 
 
-def read_folder(folder: Path) -> Outcomes:
-    """Read every ``*.parquet`` of a folder for training, in the order of their names.
+def read_folder(folder: Path, *, training: bool = True) -> Outcomes:
+    """Read every ``*.parquet`` of a folder, in the order of their names.
+
+    Args:
+        folder: Where the files are.
+        training: Whether the columns that only training needs must be there.
 
     Raises:
         DataError: There is none, or one of them cannot be used.
 
     """
+    return join([read(path, training=training) for path in files_of(folder)])
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The outcome files of a folder, in the order of their names, at least one.
+
+    Raises:
+        DataError: There is none.
+
+    """
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise DataError(f"{folder}: holds no .parquet file; give the folder of the outcome files")
-    return join([read(path, training=True) for path in paths])
+    return paths
+
+
+def keyed(rows: Outcomes) -> Outcomes:
+    """The rows with a key for every question that has none: a hash of its words.
+
+    Upper and lower case, white space and punctuation do not count, so the same question in another
+    layout stays in the same fold. Different wordings of one question do need a key of their own in
+    the file.
+    """
+    keys = [
+        key
+        or hashlib.sha256(
+            " ".join(_WORD.findall(prompt.lower())).encode("utf-8", "replace")
+        ).hexdigest()[:32]
+        for key, prompt in zip(rows.question_key, rows.prompt, strict=True)
+    ]
+    return replace(rows, question_key=keys)
 
 
 def join(parts: Sequence[Outcomes]) -> Outcomes:

@@ -84,7 +84,8 @@ def measure(
 
     Args:
         rows: The questions, at least one.
-        scores: Router name to one number per row; ``scorer`` is the one under test.
+        scores: Router name to one number per row; ``scorer`` is the one under test, ``ridge`` and
+            ``current`` are compared with it where they are there.
         source: Name to report.
         rounds: Bootstrap rounds.
         seed: Of the bootstrap and of the shuffled controls.
@@ -118,7 +119,7 @@ def measure(
             routers["scorer"].apgr.value - routers[other].apgr.value,
             found["scorer"]["apgr"] - found[other]["apgr"],
         )
-        for other in ("length", "ridge")
+        for other in ("length", "ridge", "current")
         if other in routers
     }
     weak, strong = float(rows.weak.mean()), float(rows.strong.mean())
@@ -222,7 +223,16 @@ def render(reports: Sequence[Report]) -> str:
 _ORDER = {
     name: place
     for place, name in enumerate(
-        ("scorer", "ridge", "length", "source", "random", "shuffled", "shuffled in source")
+        (
+            "scorer",
+            "current",
+            "ridge",
+            "length",
+            "source",
+            "random",
+            "shuffled",
+            "shuffled in source",
+        )
     )
 }
 

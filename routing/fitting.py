@@ -22,7 +22,13 @@ Indices = npt.NDArray[np.int64]
 
 
 def ridge(
-    inputs: Floats, gain: Doubles, pair: Indices, pairs: int, weight: Doubles, strength: float
+    inputs: Floats,
+    gain: Doubles,
+    pair: Indices,
+    pairs: int,
+    weight: Doubles,
+    strength: float,
+    start: Floats | None = None,
 ) -> RidgeHead:
     """Ridge on gain over the pair's mean: first what all pairs share, then each pair's remainder.
 
@@ -33,13 +39,17 @@ def ridge(
         pairs: How many pairs there are.
         weight: How much each row counts in the shared part.
         strength: Penalty on squared weights, in rows.
+        start: ``(pairs, inputs)``: weights to start from; the penalty is on what is added to them.
 
     """
     centre = inputs.mean(axis=0)
     centred = (inputs - centre).astype(np.float64)
+    if start is None:
+        start = np.zeros((pairs, inputs.shape[1]), dtype=np.float32)
+    gain = gain - np.einsum("nd,nd->n", centred, start[pair])
     shared = _solve(centred, gain, weight, strength)
     left = gain - centred @ shared
-    found = np.tile(shared, (pairs, 1))
+    found = shared + start.astype(np.float64)
     for index in range(pairs):
         rows = pair == index
         if rows.any():
@@ -201,9 +211,14 @@ def combination(gains: Floats, gain: Doubles, weight: Doubles, prior: float) -> 
         weight: How much each row counts.
         prior: Strength of the pull to equal slopes, in rows.
 
+    Returns:
+        Slopes, ``(members,)``, 0 or more; equal ones where no member says anything.
+
     """
     members = gains.shape[1]
     scale = gains.std(axis=0).mean()
+    if scale == 0:
+        return np.full(members, 1.0 / members, dtype=np.float32)
     inputs = gains.astype(np.float64)
     square = (inputs * weight[:, None]).T @ inputs
     moment = (inputs * weight[:, None]).T @ gain
@@ -216,3 +231,31 @@ def combination(gains: Floats, gain: Doubles, weight: Doubles, prior: float) -> 
             rest = square[i] @ slopes - square[i, i] * slopes[i]
             slopes[i] = max(0.0, (moment[i] - rest) / square[i, i])
     return slopes.astype(np.float32)
+
+
+def platt(logits: Doubles, target: Doubles, prior: float) -> tuple[float, float]:
+    """Slope and offset that make logits fit outcomes best, drawn towards 1 and 0.
+
+    J. Platt, "Probabilistic Outputs for Support Vector Machines", 1999; Newton steps.
+
+    Args:
+        logits: ``(rows,)``, finite.
+        target: What came out, 0 to 1, ``(rows,)``.
+        prior: Strength of the pull, in rows.
+
+    Returns:
+        Slope, never below 0.05, so that no order is turned round, and offset.
+
+    """
+    found = np.asarray([1.0, 0.0])
+    inputs = np.stack([logits, np.ones_like(logits)], axis=1)
+    penalty = prior / 4  # a row counts for at most a quarter in the curvature
+    for _ in range(30):
+        chance = 0.5 * (1 + np.tanh(inputs @ found / 2))
+        slope = inputs.T @ (chance - target) + penalty * (found - [1.0, 0.0])
+        curvature = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + penalty * np.eye(2)
+        step = np.linalg.solve(curvature, slope)
+        found = found - np.clip(step, -1, 1)
+        if np.abs(step).max() < 1e-9:
+            break
+    return max(float(found[0]), 0.05), float(found[1])

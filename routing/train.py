@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,35 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from routing import artefact, evaluate, fitting, graph, heads, tuning
-from routing.complexity import HEADS_FILE, ComplexityScorer, Members, linear_inputs, tree_inputs
+from routing.assembly import (
+    CHOOSE,
+    LEARN,
+    RIDGE_STRENGTH,
+    TEST,
+    UNSEEN,
+    Combination,
+    Fitted,
+    Material,
+    describe,
+    fit,
+    parts,
+    prepare,
+    scale_of,
+    trust,
+    weigh,
+)
+from routing.complexity import HEADS_FILE, ComplexityScorer
 from routing.dataset import DataError, Outcomes, read_folder
-from routing.encoder import MODEL_FILE, TOKENIZER_FILE, open_tokenizer, tokenize
-from routing.features import FEATURE_NAMES, feature_matrix
+from routing.encoder import MODEL_FILE, TOKENIZER_FILE, Cut, open_tokenizer
+from routing.features import FEATURE_NAMES
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 DEFAULT_PAIR = "llama31_8b_70b"
+
+CUT = Cut()
+"""How much of a question the encoder reads, in training and afterwards."""
 
 PAIR_WEIGHT: Mapping[str, float] = {
     "llama31_8b_70b": 1.0,
@@ -60,85 +78,21 @@ PAIR_WEIGHT: Mapping[str, float] = {
     "qwen25_7b_72b": 0.5,
 }
 """How much a row counts: models we route between 1, older generations and format-sensitive tasks
-less. Others count 0.5."""
+less."""
 
-LEARN, CHOOSE, TEST, UNSEEN = range(4)
-
-LEFT_OUT_SOURCES = frozenset({"math_l5"})
-LEFT_OUT_SUBJECTS = frozenset({("mmlu_pro", "history"), ("mmlu_pro", "philosophy")})
-"""Sources and subjects that the estimate never learns from, under any pair."""
-
-RIDGE_STRENGTH = 20_000.0
-COMPONENTS = 24
-CENTROIDS = 64
-COMBINE_PRIOR = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """Rows, the distinct questions behind them, and everything computed from a question's text."""
-
-    rows: Outcomes
-    pairs: tuple[str, ...]
-    pair: Indices
-    """Index into ``pairs`` of each row."""
-    question: Indices
-    """Index of the question of each row."""
-    tokens: list[list[int]]
-    hand: Floats
-    """Hand features as they are, ``(questions, features)``."""
-
-    @property
-    def weight(self) -> Doubles:
-        """How much each row counts."""
-        each = np.asarray([PAIR_WEIGHT.get(name, 0.5) for name in self.pairs])
-        weights: Doubles = each[self.pair]
-        return weights
-
-
-def prepare(rows: Outcomes, tokenizer: Any) -> Material:
-    """Distinct questions, in order of first appearance, and their features."""
-    places: dict[str, int] = {}
-    question = np.asarray(
-        [places.setdefault(prompt, len(places)) for prompt in rows.prompt], dtype=np.int64
-    )
-    pairs = tuple(sorted(set(rows.pair)))
-    pair = np.asarray([pairs.index(name) for name in rows.pair], dtype=np.int64)
-    prompts = list(places)
-    return Material(
-        rows, pairs, pair, question, tokenize(tokenizer, prompts), feature_matrix(prompts)
-    )
-
-
-def bucket(key: str) -> int:
-    """Place of a question in the split, 0 to 99, the same on every machine."""
-    digest = hashlib.blake2b(b"fold-1\0" + key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % 100
-
-
-def parts(material: Material) -> Indices:
-    """The part of each question: `LEARN`, `CHOOSE`, `TEST` or `UNSEEN`."""
-    rows = material.rows
-    unseen = {
-        key
-        for key, source, subject in zip(rows.question_key, rows.source, rows.subject, strict=True)
-        if source in LEFT_OUT_SOURCES or (source, subject) in LEFT_OUT_SUBJECTS
-    }
-    found = np.full(len(material.tokens), LEARN, dtype=np.int64)
-    for question, key in zip(material.question, rows.question_key, strict=True):
-        place = bucket(key)
-        if key in unseen:
-            found[question] = UNSEEN
-        else:
-            found[question] = TEST if place < 20 else CHOOSE if place < 30 else LEARN
-    return found
+OTHER_WEIGHT = 0.5
+"""How much a row of any other pair counts."""
 
 
 def fine_tune(
-    material: Material, learn: Indices, base: tuning.Weights, checkpoint: Path
+    material: Material,
+    learn: Indices,
+    base: tuning.Weights,
+    checkpoint: Path,
+    settings: tuning.Settings,
 ) -> tuning.Scorer:
     """The encoder with its heads, fine-tuned on the questions ``learn``."""
-    mean, deviation = _scale(material.hand[learn])
+    mean, deviation = scale_of(material.hand[learn])
     hand = heads.standardise(material.hand[learn], mean, deviation)
     known = []
     rows = material.rows
@@ -147,174 +101,7 @@ def fine_tune(
         table[material.question, material.pair] = values
         known.append(table[learn])
     questions = tuning.Questions([material.tokens[i] for i in learn], hand, *known)
-    weight = np.asarray([PAIR_WEIGHT.get(name, 0.5) for name in material.pairs], dtype=np.float32)
-
-    return tuning.tune(base, questions, weight, tuning.Settings(), checkpoint)
-
-
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """Everything that scores, before it is written."""
-
-    members: Members
-    tuned: heads.TunedHead
-    ridge: heads.RidgeHead
-    trees: heads.TreesHead
-
-    def arrays(self) -> bytes:
-        """The content of the file of heads."""
-        found = {
-            **self.members.arrays("members"),
-            **self.tuned.arrays("tuned"),
-            **self.ridge.arrays("ridge"),
-            **self.trees.arrays("trees"),
-        }
-        # Directions need no more than half precision; scales, means and thresholds keep theirs.
-        for name in ("members.components", "members.centroids", "tuned.weight", "ridge.weight"):
-            found[name] = found[name].astype(np.float16)
-        content = io.BytesIO()
-        np.savez_compressed(content, **found)  # type: ignore[arg-type]
-        return content.getvalue()
-
-
-def fit(
-    material: Material, learn: Indices, frozen: Floats, head: heads.TunedHead, how: Combination
-) -> Fitted:
-    """Fit ridge, trees, means and centres on the questions ``learn``.
-
-    Args:
-        material: All rows and questions.
-        learn: Questions to fit on.
-        frozen: Frozen vectors of all questions.
-        head: The heads that were fine-tuned with the encoder.
-        how: Weights of members and trust.
-
-    """
-    chosen = np.isin(material.question, learn)
-    question, pair = material.question[chosen], material.pair[chosen]
-    rows, weight = material.rows.select(chosen), material.weight[chosen]
-    mean, deviation = _scale(material.hand[learn])
-    general = heads.normalise(frozen)
-    pairs = len(material.pairs)
-    mean_gain = _means(rows.gain, pair, pairs)
-    component_mean, components = fitting.principal(general[learn], COMPONENTS)
-    members = Members(
-        hand_mean=mean,
-        hand_deviation=deviation,
-        components=components,
-        component_mean=component_mean,
-        weights=how.weights,
-        mean_gain=mean_gain,
-        mean_half=_means((rows.weak + rows.strong) / 2, pair, pairs),
-        centroids=fitting.clusters(general[learn], CENTROIDS, seed=1),
-        far=how.far,
-        least_trust=how.least_trust,
-    )
-    over = rows.gain - mean_gain[pair]
-    scaled = heads.standardise(material.hand, mean, deviation)[question]
-    ridge = fitting.ridge(
-        linear_inputs(general[question], scaled, material.hand[question]),
-        over,
-        pair,
-        pairs,
-        weight,
-        RIDGE_STRENGTH,
-    )
-    trees = fitting.boost(
-        tree_inputs(members, general[question], scaled, pair), over, weight, fitting.Boosting()
-    )
-    return Fitted(members, head, ridge, trees)
-
-
-@dataclass(frozen=True, slots=True)
-class Combination:
-    """What only held-out questions can tell: weights of the members, and trust far away."""
-
-    weights: Floats = field(default_factory=lambda: np.full((2, 3), 1 / 3, dtype=np.float32))
-    far: Floats = field(default_factory=lambda: np.asarray([0.0, -1.0], dtype=np.float32))
-    least_trust: Floats = field(default_factory=lambda: np.ones(1, dtype=np.float32))
-
-
-def trust(material: Material, learn: Indices, frozen: Floats) -> tuple[Floats, Floats]:
-    """How much an estimate is worth far from what was learned, from sources left out in turn.
-
-    Each source (for the largest, each subject) is left out of a ridge fit, which then predicts it.
-    The slope of outcomes on predictions says what a prediction is worth; it is taken among the
-    fifth of rows that is least like the rest, relative to predictions inside the folds.
-
-    Returns:
-        Similarities between which trust falls, and the least trust.
-
-    """
-    chosen = np.isin(material.question, learn)
-    question, pair = material.question[chosen], material.pair[chosen]
-    rows, weight = material.rows.select(chosen), material.weight[chosen]
-    mean, deviation = _scale(material.hand[learn])
-    general = heads.normalise(frozen)
-    scaled = heads.standardise(material.hand, mean, deviation)
-    inputs = linear_inputs(general, scaled, material.hand)[question]
-    over = rows.gain - _means(rows.gain, pair, len(material.pairs))[pair]
-    names = [
-        f"{source}/{subject}" if source == "mmlu_pro" else source
-        for source, subject in zip(rows.source, rows.subject, strict=True)
-    ]
-    folds = np.asarray([bucket(key) % 5 for key in rows.question_key])
-    seen = _left_out(material, question, inputs, over, pair, weight, folds, general)
-    unseen = _left_out(material, question, inputs, over, pair, weight, np.asarray(names), general)
-    inside = _slope(seen.predicted, over, weight)
-    low = unseen.similarity <= np.quantile(unseen.similarity, 0.2)
-    outside = _slope(unseen.predicted[low], over[low], weight[low])
-    near = float(np.quantile(seen.similarity, 0.25))
-    far = min(float(np.quantile(unseen.similarity, 0.05)), near - 0.01)
-    least = float(np.clip(outside / inside, 0.1, 1.0)) if inside > 0 else 1.0
-    print(f"slope inside {inside:.2f}, far outside {outside:.2f}", file=sys.stderr)
-    return np.asarray([near, far], dtype=np.float32), np.asarray([least], dtype=np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class _LeftOut:
-    predicted: Doubles
-    similarity: Doubles
-
-
-def _left_out(
-    material: Material,
-    question: Indices,
-    inputs: Floats,
-    over: Doubles,
-    pair: Indices,
-    weight: Doubles,
-    group: npt.NDArray[Any],
-    general: Floats,
-) -> _LeftOut:
-    """Predict every group from the others; a question of the group is in none of its others."""
-    predicted, similarity = np.zeros(len(over)), np.zeros(len(over))
-    for name in np.unique(group):
-        inside = group == name
-        rest = ~np.isin(question, question[inside])
-        ridge = fitting.ridge(
-            inputs[rest], over[rest], pair[rest], len(material.pairs), weight[rest], RIDGE_STRENGTH
-        )
-        predicted[inside] = ridge.gain(inputs[inside], pair[inside])
-        centres = fitting.clusters(general[np.unique(question[rest])], CENTROIDS, seed=1, rounds=4)
-        vectors = general[question[inside]]
-        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        similarity[inside] = (unit @ centres.T).max(axis=1)
-    return _LeftOut(predicted, similarity)
-
-
-def _slope(predicted: Doubles, over: Doubles, weight: Doubles) -> float:
-    return float((weight * predicted * over).sum() / (weight * predicted**2).sum())
-
-
-def _scale(hand: Floats) -> tuple[Floats, Floats]:
-    return hand.mean(axis=0), hand.std(axis=0) + np.float32(1e-6)
-
-
-def _means(values: Doubles, pair: Indices, pairs: int) -> Floats:
-    total = np.bincount(pair, values, minlength=pairs)
-    count = np.maximum(np.bincount(pair, minlength=pairs), 1)
-    return np.asarray(total / count, dtype=np.float32)
+    return tuning.tune(base, questions, material.pair_weight, settings, checkpoint)
 
 
 def head_of(model: tuning.Scorer) -> heads.TunedHead:
@@ -329,16 +116,19 @@ def head_of(model: tuning.Scorer) -> heads.TunedHead:
     )
 
 
-def encoder_of(weights: tuning.Weights) -> bytes:
+def encoder_of(weights: tuning.Weights, settings: tuning.Settings) -> bytes:
     """The encoder as it is shipped."""
-    settings = tuning.Settings()
     model = graph.build(weights, layers=settings.layers, frozen=settings.frozen_layers)
     return bytes(model.SerializeToString())
 
 
-def cosine(weights: tuning.Weights, encoder: bytes, tokens: Sequence[Sequence[int]]) -> Floats:
+def cosine(
+    weights: tuning.Weights,
+    encoder: bytes,
+    tokens: Sequence[Sequence[int]],
+    settings: tuning.Settings,
+) -> Floats:
     """Cosine of the shipped encoder's tuned vectors to float32 ones, per question."""
-    settings = tuning.Settings()
     exact = graph.build(
         weights,
         layers=settings.layers,
@@ -360,13 +150,19 @@ def _session(model: bytes) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def frozen_vectors(base: tuning.Weights, tokens: Sequence[Sequence[int]], cache: Path) -> Floats:
+def frozen_vectors(
+    base: tuning.Weights,
+    tokens: Sequence[Sequence[int]],
+    cache: Path,
+    settings: tuning.Settings,
+) -> Floats:
     """Frozen vectors of all questions, through the shipped arithmetic; kept in ``cache``."""
+    named = hashlib.sha256(repr((settings.frozen_layers, tokens)).encode()).hexdigest()
     if cache.exists():
-        stored: Floats = np.load(cache, allow_pickle=False)
-        if len(stored) == len(tokens):
-            return stored
-    settings = tuning.Settings()
+        with np.load(cache, allow_pickle=False) as stored:
+            if str(stored["of"]) == named:
+                kept: Floats = stored["vectors"]
+                return kept
     model = graph.build(base, layers=settings.frozen_layers, frozen=settings.frozen_layers)
     session = _session(model.SerializeToString())
     found = np.zeros((len(tokens), graph.WIDTH), dtype=np.float32)
@@ -374,67 +170,80 @@ def frozen_vectors(base: tuning.Weights, tokens: Sequence[Sequence[int]], cache:
         found[row] = session.run(["frozen"], {"input_ids": np.asarray([ids])})[0][0]
         if row % 2_000 == 0:
             print(f"frozen vectors {row}/{len(tokens)}", file=sys.stderr, flush=True)
-    np.save(cache, found)
+    np.savez(cache, of=named, vectors=found)
     return found
 
 
 def write(
-    folder: Path, encoder: bytes, tokenizer: bytes, fitted: Fitted, pairs: tuple[str, ...]
+    folder: Path,
+    encoder: bytes,
+    tokenizer: bytes,
+    fitted: Fitted,
+    pairs: tuple[str, ...],
+    settings: tuning.Settings,
+    default_pair: str = DEFAULT_PAIR,
 ) -> str:
     """Write an artefact; returns its digest."""
-    settings = {
+    stated = {
         "name": "complexity-v1",
         "pairs": list(pairs),
-        "default_pair": DEFAULT_PAIR,
+        "default_pair": default_pair,
         "features": list(FEATURE_NAMES),
-        "training": asdict(tuning.Settings()),
+        "tokens": asdict(CUT),
+        "training": asdict(settings),
         "boosting": asdict(fitting.Boosting()),
         "ridge_strength": RIDGE_STRENGTH,
     }
     files = {MODEL_FILE: encoder, TOKENIZER_FILE: tokenizer, HEADS_FILE: fitted.arrays()}
-    return artefact.save(folder, settings, files)
+    return artefact.save(folder, stated, files)
 
 
 def estimate(
-    material: Material, base: tuning.Weights, frozen: Floats, tokenizer: bytes, work: Path
-) -> tuple[Combination, list[dict[str, Any]]]:
-    """Fit on a part, weigh on another, and measure once on what is left."""
-    part = parts(material)
+    material: Material,
+    part: Indices,
+    base: tuning.Weights,
+    frozen: Floats,
+    tokenizer: bytes,
+    work: Path,
+    settings: tuning.Settings,
+    default_pair: str = DEFAULT_PAIR,
+) -> Combination:
+    """Fit on a part and weigh on another; nothing else is looked at.
+
+    Args:
+        material: All rows and questions.
+        part: The part of each question.
+        base: Parameters of the pretrained encoder.
+        frozen: Frozen vectors of all questions.
+        tokenizer: File of the tokenizer.
+        work: Where the checkpoint and the estimate, ``WORK/estimate``, are kept.
+        settings: How to fine-tune.
+        default_pair: Which pair the scorer takes where none is named.
+
+    Returns:
+        Weights of members and trust.
+
+    """
     learn = np.flatnonzero(part == LEARN)
-    model = fine_tune(material, learn, base, work / "estimate.ckpt")
-    encoder, head = encoder_of(model.weights()), head_of(model)
+    model = fine_tune(material, learn, base, work / "estimate.ckpt", settings)
+    encoder, head = encoder_of(model.weights(), settings), head_of(model)
     folder = work / "estimate"
     far, least = trust(material, learn, frozen)
     how = Combination(far=far, least_trust=least)
     fitted = fit(material, learn, frozen, head, how)
-    write(folder, encoder, tokenizer, fitted, material.pairs)
+    write(folder, encoder, tokenizer, fitted, material.pairs, settings, default_pair)
     chosen = (part == CHOOSE)[material.question]
     rows = material.rows.select(chosen)
     scorer = ComplexityScorer.load(folder)
     gains, offered = scorer.members(rows.prompt, rows.pair)
     over = rows.gain - fitted.members.mean_gain[material.pair[chosen]]
-    weight = material.weight[chosen]
-    weights = np.stack(
-        [
-            fitting.combination(
-                gains[offered == kind],
-                over[offered == kind],
-                weight[offered == kind],
-                COMBINE_PRIOR,
-            )
-            for kind in (0, 1)
-        ]
-    )
+    weights = weigh(gains, offered, over, material.weight[chosen])
     print(f"weights of tuned, ridge, trees, open and with options: {weights}", file=sys.stderr)
     how = Combination(weights, far, least)
-    write(
-        folder,
-        encoder,
-        tokenizer,
-        replace(fitted, members=replace(fitted.members, weights=weights)),
-        material.pairs,
-    )
-    return how, [*figures(material, part, folder)]
+    fitted = replace(fitted, members=replace(fitted.members, weights=weights))
+    write(folder, encoder, tokenizer, fitted, material.pairs, settings, default_pair)
+    describe(folder, [material.prompts[i] for i in learn])
+    return how
 
 
 def figures(material: Material, part: Indices, folder: Path) -> list[dict[str, Any]]:
@@ -524,20 +333,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return evaluate.EXIT_DATA
     tokenizer = (base / TOKENIZER_FILE).read_bytes()
     weights = load_file(base / "model.safetensors")
-    material = prepare(rows, open_tokenizer(tokenizer))
+    settings = tuning.Settings()
+    material = prepare(
+        rows, open_tokenizer(tokenizer), cut=CUT, weights=PAIR_WEIGHT, others=OTHER_WEIGHT
+    )
     print(f"{len(rows)} rows, {len(material.tokens)} questions", file=sys.stderr)
-    frozen = frozen_vectors(weights, material.tokens, given.work / "frozen.npy")
-    how, found = estimate(material, weights, frozen, tokenizer, given.work)
+    frozen = frozen_vectors(weights, material.tokens, given.work / "frozen.npz", settings)
+    part = parts(material)
+    how = estimate(material, part, weights, frozen, tokenizer, given.work, settings)
+    found = figures(material, part, given.work / "estimate")
     everything = np.arange(len(material.tokens), dtype=np.int64)
-    model = fine_tune(material, everything, weights, given.work / "artefact.ckpt")
-    encoder = encoder_of(model.weights())
-    close = cosine(model.weights(), encoder, material.tokens[:: len(material.tokens) // 300])
+    model = fine_tune(material, everything, weights, given.work / "artefact.ckpt", settings)
+    encoder = encoder_of(model.weights(), settings)
+    some = material.tokens[:: max(1, len(material.tokens) // 300)]
+    close = cosine(model.weights(), encoder, some, settings)
     print(
         f"cosine of the 8-bit encoder to float32: mean {close.mean():.4f}, least {close.min():.4f}",
         file=sys.stderr,
     )
     fitted = fit(material, everything, frozen, head_of(model), how)
-    digest = write(given.out, encoder, tokenizer, fitted, material.pairs)
+    write(given.out, encoder, tokenizer, fitted, material.pairs, settings)
+    digest = describe(given.out, material.prompts)
     (given.work / "estimate.json").write_text(json.dumps(found, indent=1) + "\n")
     print(judged(found))
     print(f"{given.out}: {digest}")

@@ -37,7 +37,7 @@ def config() -> None:
 @json_option
 @click.pass_context
 def check(context: click.Context, config_path: Path, as_json: bool) -> None:
-    """Validate the serve file, identity, policy and budgets; 1 if one is wrong."""
+    """Validate the serve file, identity, policy, budgets and models; 1 if one is wrong."""
     from deployments.configuration import check_configuration
 
     _report(context, check_configuration(config_path), as_json)

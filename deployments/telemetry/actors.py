@@ -1,4 +1,4 @@
-"""What engine replicas, ledger and sealers tell operators: metrics, no request lines or traces."""
+"""What engines, scorers, ledger and sealers tell operators: metrics, no request lines or traces."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from deployments.data_plane.backend import EngineLoad
 from deployments.telemetry.export import Exporter
 from deployments.telemetry.ray_sink import RaySink
 from deployments.telemetry.registry import Registry
+from deployments.telemetry.routing import Batcher, BatcherSource
 from deployments.telemetry.sources import EngineSource, SealSource, SealStats, WalSource, WalStats
 
 
@@ -26,6 +27,23 @@ class EngineTelemetry:
         registry = Registry()
         self.source = EngineSource(registry, model, load, dead)
         self._exporter = Exporter(registry, RaySink(), [self.source])
+        self._exporter.start()
+
+    async def close(self) -> None:
+        """Send what is left."""
+        await self._exporter.close()
+
+
+class RouterTelemetry:
+    """Metrics of one replica of the scorer.
+
+    Args:
+        batcher: Its batcher.
+    """
+
+    def __init__(self, batcher: Batcher) -> None:
+        registry = Registry()
+        self._exporter = Exporter(registry, RaySink(), [BatcherSource(registry, batcher)])
         self._exporter.start()
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from deployments import __version__
 from deployments.gateway_books import GatewayBooks
@@ -13,9 +13,18 @@ from deployments.telemetry.access import AccessLog
 from deployments.telemetry.export import Exporter
 from deployments.telemetry.ray_sink import RaySink
 from deployments.telemetry.registry import Registry
+from deployments.telemetry.routing import (
+    Batcher,
+    BatcherSource,
+    ScoreNote,
+    ShadowSource,
+    ShareSource,
+)
 from deployments.telemetry.sources import DiskSource, GatewaySource, LeaseSource, WalSource
 from deployments.telemetry.traces import from_environment
 from deployments.telemetry.turns import TurnObserver
+from governance.shadow import ShadowStats
+from routing.auto import Achieved
 
 
 class GatewayTelemetry:
@@ -40,6 +49,7 @@ class GatewayTelemetry:
         control_age_s: Callable[[], float],
     ) -> None:
         self.registry = Registry()
+        self.score_note = ScoreNote(self.registry)
         self._access = AccessLog()
         self.tracing = from_environment(os.environ, __version__, gateway_id)
         self.observer = TurnObserver(self.registry, models, self._access, self.tracing)
@@ -63,6 +73,23 @@ class GatewayTelemetry:
             ),
         )
         self._exporter.start()
+
+    def watch_routing(
+        self, achieved: Callable[[], Iterable[Achieved]], batcher: Batcher | None
+    ) -> None:
+        """Export what routing leads to, and the figures of a scorer in this process.
+
+        Args:
+            achieved: What became of each department's latest requests.
+            batcher: Of the scorer; ``None`` where it runs elsewhere.
+        """
+        self._exporter.collect(ShareSource(self.registry, achieved))
+        if batcher is not None:
+            self._exporter.collect(BatcherSource(self.registry, batcher))
+
+    def watch_shadow(self, stats: ShadowStats) -> None:
+        """Export what becomes of shadow comparisons."""
+        self._exporter.collect(ShadowSource(self.registry, stats))
 
     async def close(self) -> None:
         """Write and send what is left."""

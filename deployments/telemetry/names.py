@@ -69,6 +69,7 @@ def _bounds(*seconds: float) -> tuple[int, ...]:
 
 
 _STAGE_BOUNDS = _bounds(0.0001, 0.0005, 0.002, 0.01, 0.05, 0.2, 1, 5, 30)
+_SCORE_BOUNDS = _bounds(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 _WAIT_BOUNDS = _bounds(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _WHOLE_BOUNDS = _bounds(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -83,6 +84,17 @@ TOKENS = "gatehouse_tokens_total"
 GPU = "gatehouse_gpu_seconds_total"
 CHARGED = "gatehouse_charged_gpu_seconds_total"
 FAULTS = "gatehouse_telemetry_faults_total"
+ROUTES = "gatehouse_routes_total"
+ROUTE_LARGE = "gatehouse_route_large_ratio"
+SUPERSEDED = "gatehouse_superseded_answers_total"
+SCORES = "gatehouse_scores_total"
+SCORE = "gatehouse_score_seconds"
+SCORER_WAITING = "gatehouse_scorer_waiting"
+SCORER_BATCHES = "gatehouse_scorer_batches_total"
+SCORER_PROMPTS = "gatehouse_scorer_prompts_total"
+SCORER_BUSY = "gatehouse_scorer_busy_seconds_total"
+SCORER_UNUSED = "gatehouse_scorer_unused_total"
+SHADOWS = "gatehouse_shadow_answers_total"
 MODEL_READY = "gatehouse_model_ready"
 CONTROL_AGE = "gatehouse_control_age_seconds"
 LEASE = "gatehouse_lease_gpu_seconds"
@@ -185,6 +197,72 @@ METRICS: tuple[Spec, ...] = (
         _C,
         "faults",
         "Requests that telemetry itself could not count, trace or log.",
+    ),
+    # -- routing --------------------------------------------------------------------------------
+    Spec(
+        ROUTES,
+        _C,
+        "requests",
+        "Requests whose model the platform chose (`auto`), by the model that was tried last and "
+        "by the reason for the one that was chosen first.",
+        ("model", "department", "reason"),
+    ),
+    Spec(
+        ROUTE_LARGE,
+        _G,
+        "ratio",
+        "Part of a department's latest `auto` requests that was chosen for the large tier, in one "
+        "gateway. `of` is `all`; `free`, those that could have gone either way; or `aimed`: what "
+        "the department's target and budget wanted for the free ones.",
+        ("department", "of"),
+    ),
+    Spec(
+        SUPERSEDED,
+        _C,
+        "answers",
+        "Attempts given up for another model's answer. `why` is `cascade` (the answer was not sure "
+        "enough) or the code of the error (errors.md).",
+        ("model", "why"),
+    ),
+    Spec(
+        SCORES,
+        _C,
+        "scores",
+        "Scores that requests asked for. `result` is `scored`, `late` (not within "
+        "`score_timeout_ms`, or too many waited), `failed` (the scorer could not read the prompt), "
+        "`unreachable`, or `spared` (not asked: it did not answer lately). Without a score a "
+        "request goes to the default tier.",
+        ("result",),
+    ),
+    Spec(
+        SCORE,
+        _H,
+        "seconds",
+        "From asking for a score to having it, in a gateway; those that were had.",
+        (),
+        _SCORE_BOUNDS,
+    ),
+    Spec(SCORER_WAITING, _G, "prompts", "Prompts that wait at a scorer."),
+    Spec(SCORER_BATCHES, _C, "batches", "Batches that scorers worked on."),
+    Spec(SCORER_PROMPTS, _C, "prompts", "Prompts that scorers worked on."),
+    Spec(SCORER_BUSY, _C, "seconds", "Time in which scorers worked, one thread each."),
+    Spec(
+        SCORER_UNUSED,
+        _C,
+        "prompts",
+        "Prompts without a use at a scorer. `why` is `refused` (too many waited), `expired` (given "
+        "up before their turn) or `dropped` (scored when nobody waited any more).",
+        ("why",),
+    ),
+    Spec(
+        SHADOWS,
+        _C,
+        "answers",
+        "Answers of the small tier that were sampled for a comparison with the large tier. "
+        "`result` is `compared`, or why there was none: `queue_full`, `stale` (no idle moment in "
+        "ten minutes), `gave_way` (somebody waited), `not_permitted`, or the code of an error "
+        "(errors.md).",
+        ("result",),
     ),
     # -- what a gateway sees of the rest -------------------------------------------------------
     Spec(

@@ -13,8 +13,9 @@ from typing import Protocol
 from deployments.telemetry import names
 from deployments.telemetry.access import AccessLog
 from deployments.telemetry.registry import Buckets, Registry
+from deployments.telemetry.routing import RouteCounts
 from governance.tracebacks import without_messages
-from governance.types import Turn
+from governance.types import Amount, Turn
 
 log = logging.getLogger("gatehouse.telemetry")
 
@@ -56,6 +57,7 @@ class TurnObserver:
         self._requests = registry.counter(names.REQUESTS)
         self._refusals = registry.counter(names.REFUSALS)
         self._tokens = registry.counter(names.TOKENS)
+        self._routes = RouteCounts(registry, self._models)
         self._gpu = registry.counter(names.GPU)
         self._charged = registry.counter(names.CHARGED)
         self._faults = registry.counter(names.FAULTS)
@@ -103,10 +105,18 @@ class TurnObserver:
             self._tokens.add(usage.prompt_tokens, (model, department, "prompt"))
             self._tokens.add(usage.completion_tokens, (model, department, "completion"))
             self._tokens.add(usage.cached_tokens, (model, department, "cached"))
-        if turn.gpu_us:
-            self._gpu.add(turn.gpu_us, (model, department))
-        if turn.charged is not None and turn.charged.gpu_us:
-            self._charged.add(turn.charged.gpu_us, (model, department))
+        self._count_time(model, department, turn.gpu_us, turn.charged)
+        for attempt in turn.earlier:
+            self._count_time(attempt.model, department, attempt.gpu_us, attempt.charged)
+        self._routes.ended(turn, department)
+
+    def _count_time(
+        self, model: str, department: str, gpu_us: int | None, charged: Amount | None
+    ) -> None:
+        if gpu_us:
+            self._gpu.add(gpu_us, (model, department))
+        if charged is not None and charged.gpu_us:
+            self._charged.add(charged.gpu_us, (model, department))
 
     def _model(self, turn: Turn) -> str:
         """Model that answered, or else the one that was named, if there is such a one."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -169,6 +169,15 @@ class TurnAudit:
             raise
         if lost:
             raise AuditUnavailable()
+
+    async def shadow(self, event: Mapping[str, Any]) -> None:
+        """Record a comparison of two models' answers; implements ``governance.shadow.ShadowLog``.
+
+        Raises:
+            AuditUnavailable: No room, or the log cannot be written.
+        """
+        self._writer.check_room()
+        await self._writer.write(event)
 
     async def close(self) -> None:
         """Record what was suppressed, and stop the timer. Turns must have ended."""

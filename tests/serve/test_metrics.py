@@ -20,10 +20,10 @@ DEADLINE_S = 40
 
 @pytest.fixture(scope="module")
 def exported(platform: Platform) -> Samples:
-    """The endpoint's figures after three answers and two refusals."""
+    """The endpoint's figures after four answers and two refusals."""
     client = platform.openai("data-scientist")
     messages = [{"role": "user", "content": SECRET}]
-    for model in ("small", "large", "small"):
+    for model in ("small", "large", "small", "auto"):
         client.chat.completions.create(model=model, messages=messages, max_tokens=4)  # type: ignore[arg-type]
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model=SECRET, messages=messages, max_tokens=4)  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ import pytest
 
 from routing import artefact
 from routing.artefact import ArtefactError
-from routing.complexity import HEADS_FILE, ComplexityScorer
-from routing.encoder import MAX_TOKENS, MODEL_FILE, TOKENIZER_FILE, open_tokenizer, tokenize
+from routing.assembly import describe, packed
+from routing.complexity import HEADS_FILE, ComplexityScorer, arrays_of
+from routing.encoder import MAX_TOKENS, MODEL_FILE, TOKENIZER_FILE, Cut, open_tokenizer, tokenize
 from routing.evaluate import ARTEFACT
 
 EASY = "What is the capital of France?"
@@ -37,6 +38,48 @@ def test_scores_are_chances(scorer: ComplexityScorer) -> None:
             assert np.isfinite(values).all()
             assert ((values >= 0) & (values <= 1)).all()
         assert (np.abs(scores.gain) <= 1).all()
+
+
+def test_a_prompt_has_a_centre_and_a_cosine_to_it(scorer: ComplexityScorer) -> None:
+    scores = scorer.score([EASY, HARD, "", "漢字" * 900])
+
+    assert scores.cluster.dtype == np.int64
+    assert (scores.cluster >= 0).all()
+    assert (scores.cluster < len(scorer.reference.cluster_share)).all()
+    assert (np.abs(scores.similarity) <= 1).all()
+    assert scores.similarity[1] > scores.similarity[3]
+
+
+def test_the_reference_describes_the_training_prompts(scorer: ComplexityScorer) -> None:
+    known = scorer.reference
+
+    assert known.gain_quantiles.shape == (101,)
+    assert (np.diff(known.gain_quantiles) >= 0).all()
+    assert (np.abs(known.gain_quantiles) <= 1).all()
+    assert known.similarity_edges.shape == (11,)
+    assert known.similarity_edges[[0, -1]].tolist() == [-1, 1]
+    assert (np.diff(known.similarity_edges) > 0).all()
+    for share, bins in ((known.cluster_share, None), (known.similarity_share, 10)):
+        assert share.sum() == pytest.approx(1, abs=1e-5)
+        assert (share >= 0).all()
+        assert bins is None or share.shape == (bins,)
+
+
+def test_a_scorer_without_a_reference_is_refused(tmp_path: Path) -> None:
+    whole = artefact.load(ARTEFACT)
+    arrays = {
+        name: values
+        for name, values in arrays_of(whole.file(HEADS_FILE)).items()
+        if not name.startswith("reference.")
+    }
+    artefact.save(tmp_path, whole.settings, {**whole.files, HEADS_FILE: packed(arrays)})
+    with pytest.raises(ArtefactError, match=r"no array reference\.gain_quantiles"):
+        ComplexityScorer.load(tmp_path)
+
+    describe(tmp_path, [EASY, HARD])
+    found = ComplexityScorer.load(tmp_path)
+    assert found.reference.cluster_share.sum() == pytest.approx(1)
+    assert found.score([HARD]).gain == ComplexityScorer.load(ARTEFACT).score([HARD]).gain
 
 
 def test_a_hard_question_is_harder(scorer: ComplexityScorer) -> None:
@@ -81,6 +124,19 @@ def test_a_long_prompt_is_cut_to_beginning_and_end() -> None:
     assert len(cut) == MAX_TOKENS
     assert cut[:81] == whole[:81]
     assert cut[81:] == whole[-47:]
+
+
+def test_an_artefact_says_how_much_is_read() -> None:
+    tokenizer = open_tokenizer((ARTEFACT / TOKENIZER_FILE).read_bytes())
+    whole = tokenizer.encode("x " * 500).ids
+    (cut,) = tokenize(tokenizer, ["x " * 500], Cut(40, 30))
+
+    assert cut == [*whole[:31], *whole[-9:]]
+    assert Cut.of({}) == Cut()
+    assert Cut.of({"tokens": {"limit": 96, "head": 60}}) == Cut(96, 60)
+    for stated in ({"limit": 96}, "96", {"limit": 2, "head": 1}, {"limit": 96, "head": 95}):
+        with pytest.raises(ArtefactError, match="tokens is"):
+            Cut.of({"tokens": stated})
 
 
 def test_the_digest_names_the_manifest(scorer: ComplexityScorer) -> None:
@@ -177,7 +233,7 @@ def test_serving_imports_no_training_library() -> None:
     import sys
 
     code = (
-        "import sys; import routing.complexity, routing.evaluate; "
+        "import sys; import routing.complexity, routing.evaluate, routing.drift, routing.retrain; "
         "print(sorted({'torch', 'onnx', 'sklearn', 'transformers', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
