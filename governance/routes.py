@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from governance.budget.messages import AccountState, ModelPrice
+from governance.budget.prices import MIN_OBSERVATIONS
 from governance.ports import Clock
 from governance.request import opening, question
 from governance.types import InferenceRequest, ModelInfo, Route, RouteAsk
@@ -95,8 +96,13 @@ class AutoRouting:
         if large is None:
             return {}
         learned, card = self._price(large.base), self._on_card.get(large.id)
-        prefill_ns = learned.prefill_p50_ns if card is None else card.prefill_ns
-        decode_ns = learned.decode_p50_ns if card is None else card.decode_ns
+        if card is not None:
+            prefill_ns, decode_ns = card.prefill_ns, card.decode_ns
+        elif learned.observations >= MIN_OBSERVATIONS:
+            prefill_ns, decode_ns = learned.prefill_p50_ns, learned.decode_p50_ns
+        else:
+            # What stands in for a price is made for reserving, and would be a fine saving.
+            return {"large_model": large.id}
         return {
             "large_model": large.id,
             "large_prefill_ns": prefill_ns * learned.weight_milli // 1000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,6 +119,17 @@ async def test_a_measured_price_comes_before_a_learned_one() -> None:
     card = ModelCard(id="large", price=Price(prefill_ns=7, decode_ns=70, measured_on="a bench"))
     route = await routing(chooser, card).route(ask(chat(("user", "hi"))))
     assert (route.detail["large_prefill_ns"], route.detail["large_decode_ns"]) == (14, 140)
+
+
+async def test_what_stands_in_for_a_price_is_not_recorded_as_one() -> None:
+    chooser = Chooser(AutoChoice("small", "auto:small", ("large",), None))
+
+    def cold(base_model: str) -> ModelPrice:
+        return replace(price(base_model), observations=19)
+
+    routes = AutoRouting(chooser, lambda _: ModelLoad(), cold, (), lambda: 0)  # type: ignore[arg-type]
+    route = await routes.route(ask(chat(("user", "hi"))))
+    assert route.detail == {"large_model": "large"}
 
 
 async def test_without_a_large_model_there_is_nothing_to_compare_with() -> None:
