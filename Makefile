@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve prove-meter clean
+.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve prove-meter prove-route retrain-router clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ prove-serve: install-dev ## measure the goals of serving, one line each
 
 prove-meter: install-dev ## measure the goals of metering, ledger and audit, one line each
 	@exec $(BIN)/python -m benchmarks.prove_meter
+
+prove-route: install-dev ## measure the goals of routing, one line each
+	@exec $(BIN)/python -m benchmarks.prove_route $(if $(TRACES),--data $(TRACES)) $(if $(WORK),--work $(WORK))
 
 bench-%: install-dev ## run one benchmark, such as bench-data_plane
 	@exec $(BIN)/python -m benchmarks.$*.run

@@ -41,6 +41,7 @@ class Fallbacks:
         self._route = route
         self._options = {option.model.id: option for option in options}
         self._left = list(route.fallbacks)
+        self._chosen_tier = route.model.tier
 
     @property
     def option(self) -> Option:
@@ -67,7 +68,12 @@ class Fallbacks:
             model=model,
             reason=reason,
             draft=None,
-            detail={**self._route.detail, **detail},
+            detail={
+                **self._route.detail,
+                **detail,
+                "tier": model.tier,
+                "chosen_tier": self._chosen_tier,
+            },
         )
         return self._route
 

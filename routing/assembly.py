@@ -70,13 +70,14 @@ class Material:
     """Hand features as they are, ``(questions, features)``."""
     prompts: list[str]
     """The distinct questions, in order of first appearance."""
-    pair_weight: Floats
+    pair_weight: Doubles
     """How much a row of each pair counts, ``(pairs,)``, above 0."""
 
     @property
     def weight(self) -> Doubles:
         """How much each row counts, ``(rows,)``."""
-        return self.pair_weight.astype(np.float64)[self.pair]
+        weights: Doubles = self.pair_weight[self.pair]
+        return weights
 
 
 def prepare(
@@ -113,7 +114,7 @@ def prepare(
         tokenize(tokenizer, prompts, cut),
         feature_matrix(prompts),
         prompts,
-        np.asarray(each, dtype=np.float32),
+        np.asarray(each, dtype=np.float64),
     )
 
 

@@ -101,7 +101,8 @@ def fine_tune(
         table[material.question, material.pair] = values
         known.append(table[learn])
     questions = tuning.Questions([material.tokens[i] for i in learn], hand, *known)
-    return tuning.tune(base, questions, material.pair_weight, settings, checkpoint)
+    weight = material.pair_weight.astype(np.float32)
+    return tuning.tune(base, questions, weight, settings, checkpoint)
 
 
 def head_of(model: tuning.Scorer) -> heads.TunedHead:

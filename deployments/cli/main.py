@@ -21,6 +21,7 @@ _COMMANDS = {
     "key": ("deployments.cli.admin", "key"),
     "models": ("deployments.cli.access", "models"),
     "revoke": ("deployments.cli.admin", "revoke"),
+    "route": ("deployments.cli.route", "route"),
     "serve": ("deployments.cli.serve", "serve"),
     "token": ("deployments.cli.access", "token"),
 }

@@ -50,6 +50,7 @@ VIEWS_DIR: Final = Path(__file__).parent / "views"
 VIEWS: Final = (
     "v_audit",
     "incident",
+    "v_attempts",
     "v_requests",
     "v_refusals",
     "v_model_ops",
@@ -59,6 +60,10 @@ VIEWS: Final = (
     "v_budget_burn",
     "v_unattributed_gpu",
     "v_config_changes",
+    "v_routes",
+    "v_shadow_pairs",
+    "v_route_savings",
+    "v_route_quality",
 )
 """Files of ``VIEWS_DIR`` in the order in which they can be created."""
 

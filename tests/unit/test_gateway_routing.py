@@ -435,6 +435,10 @@ async def test_each_attempt_is_decided_reserved_settled_and_recorded() -> None:
         None, "fallback", None, None,
     ]  # fmt: skip
     assert [detail["attempt"] for detail in setup.audit.details] == [1, 1, 2, 2]
+    assert (setup.audit.details[-1]["tier"], setup.audit.details[-1]["chosen_tier"]) == (
+        "large",
+        "small",
+    )
     assert [len(hold.settled) for hold in setup.ledger.holds] == [1, 1]
 
 

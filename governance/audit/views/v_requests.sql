@@ -1,63 +1,47 @@
 -- Question: Who asked for what, what was decided, and how did it end?
--- Grain: one row per request: its decision, its end and the engine's own account folded together.
--- Units: ts, ts_end UTC; *_us microseconds, of device time for gpu_us and charged_us. Of figures
--- that several events report the largest holds, as in the ledger; null where nobody knows.
+-- Grain: one row per request: its attempts folded together; what the last one of them says, holds.
+-- Units: ts, ts_end UTC; *_us microseconds. gpu_us and charged_us are device time of all attempts
+-- together, answers that were not released included; tokens are those of the last attempt. Null
+-- where nobody knows. attempts counts models that were tried; routed says that the platform chose
+-- among them, because the caller had asked for auto.
 -- outcome is completed, refused, failed or aborted; open while a request has no end on record.
--- admitted requests may be refused too, such as when a budget cuts an answer short. An
--- end by its gateway outranks one that was written for a gateway that had died.
+-- admitted requests may be refused too, such as when a budget cuts an answer short.
 CREATE VIEW v_requests AS
 SELECT
     request_id,
     min(ts) AS ts,
-    coalesce(
-        max(ts_end) FILTER (WHERE event_type IN ('inference.completed', 'inference.refused')),
-        max(ts_end) FILTER (WHERE event_type = 'inference.aborted')
-    ) AS ts_end,
-    any_value(department) AS department,
-    any_value(subject_key) AS subject_key,
-    any_value(principal_kind) AS principal_kind,
-    any_value(operation) AS operation,
-    any_value(request_model) AS request_model,
-    any_value(response_model) AS response_model,
-    any_value(model_revision) AS model_revision,
-    any_value(route_target) AS route_target,
-    any_value(route_reason) AS route_reason,
-    any_value(replica_id) AS replica_id,
-    bool_or(event_type <> 'inference.refused') AS admitted,
-    any_value(stream) AS stream,
-    any_value(data_class) AS data_class,
-    any_value(decision) AS decision,
-    any_value(rule_ids) AS rule_ids,
-    coalesce(
-        any_value(outcome) FILTER (WHERE event_type = 'inference.completed'),
-        any_value(outcome) FILTER (WHERE event_type = 'inference.refused'),
-        any_value(outcome) FILTER (WHERE event_type = 'inference.aborted'),
-        'open'
-    ) AS outcome,
-    coalesce(
-        any_value(status) FILTER (WHERE event_type = 'inference.completed'),
-        any_value(status) FILTER (WHERE event_type = 'inference.refused'),
-        any_value(status) FILTER (WHERE event_type = 'inference.aborted')
-    ) AS status,
-    coalesce(
-        any_value(error_code) FILTER (WHERE event_type = 'inference.completed'),
-        any_value(error_code) FILTER (WHERE event_type = 'inference.refused'),
-        any_value(error_code) FILTER (WHERE event_type = 'inference.aborted')
-    ) AS error_code,
-    any_value(finish_reason) AS finish_reason,
-    max(input_tokens) AS input_tokens,
-    max(cached_tokens) AS cached_tokens,
-    max(output_tokens) AS output_tokens,
-    max(gpu_us) AS gpu_us,
-    max(charged_us) AS charged_us,
-    max(queue_us) AS queue_us,
-    max(ttft_us) AS ttft_us,
-    max(latency_us) AS latency_us,
-    any_value(reservation_id) AS reservation_id,
-    any_value(budget_account) AS budget_account,
-    count(*) AS events
-FROM audit
-WHERE
-    request_id IS NOT NULL
-    AND (event_type LIKE 'inference.%' OR event_type = 'usage.settled')
+    arg_max_null(ts_end, attempt) AS ts_end,
+    arg_max_null(department, attempt) AS department,
+    arg_max_null(subject_key, attempt) AS subject_key,
+    arg_max_null(principal_kind, attempt) AS principal_kind,
+    arg_max_null(operation, attempt) AS operation,
+    arg_max_null(request_model, attempt) AS request_model,
+    arg_max_null(response_model, attempt) AS response_model,
+    arg_max_null(model_revision, attempt) AS model_revision,
+    arg_max_null(route_target, attempt) AS route_target,
+    arg_max_null(route_reason, attempt) AS route_reason,
+    arg_max_null(replica_id, attempt) AS replica_id,
+    bool_or(admitted) AS admitted,
+    arg_max_null(stream, attempt) AS stream,
+    arg_max_null(data_class, attempt) AS data_class,
+    arg_max_null(decision, attempt) AS decision,
+    arg_max_null(rule_ids, attempt) AS rule_ids,
+    arg_max_null(outcome, attempt) AS outcome,
+    arg_max_null(status, attempt) AS status,
+    arg_max_null(error_code, attempt) AS error_code,
+    arg_max_null(finish_reason, attempt) AS finish_reason,
+    arg_max_null(input_tokens, attempt) AS input_tokens,
+    arg_max_null(cached_tokens, attempt) AS cached_tokens,
+    arg_max_null(output_tokens, attempt) AS output_tokens,
+    sum(gpu_us)::BIGINT AS gpu_us,
+    sum(charged_us)::BIGINT AS charged_us,
+    arg_max_null(queue_us, attempt) AS queue_us,
+    arg_max_null(ttft_us, attempt) AS ttft_us,
+    arg_max_null(latency_us, attempt) AS latency_us,
+    arg_max_null(reservation_id, attempt) AS reservation_id,
+    arg_max_null(budget_account, attempt) AS budget_account,
+    sum(events)::BIGINT AS events,
+    greatest(count(*), max(attempt)) AS attempts,
+    bool_or(auto) AS routed
+FROM v_attempts
 GROUP BY request_id;

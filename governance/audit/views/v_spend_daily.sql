@@ -1,7 +1,8 @@
 -- Question: What did each department spend on each model, day by day?
 -- Grain: one row per UTC day on which requests ended, department and model.
--- Units: requests; gpu_seconds metered and charged_seconds weighted device-seconds, for people;
--- gpu_us and charged_us the same exactly; tokens; unmetered counts requests whose device time nobody knows.
+-- Units: requests, of which one that several models were tried for counts under each; gpu_seconds
+-- metered and charged_seconds weighted device-seconds, for people; gpu_us and charged_us the same
+-- exactly; tokens; unmetered counts requests whose device time nobody knows.
 CREATE VIEW v_spend_daily AS
 SELECT
     ended_ts::DATE AS day,
