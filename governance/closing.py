@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from governance.drafts import Escalated
-from governance.errors import GatehouseError, InternalError
+from governance.errors import ClientClosed, GatehouseError, InternalError
 from governance.ports import AuditLog, Clock, Observer
 from governance.tracebacks import without_messages
 from governance.types import Outcome, Turn
@@ -62,12 +62,18 @@ class TurnCloser:
                 await asyncio.shield(task)
             except asyncio.CancelledError:
                 # Nobody is left to try the next model: this was the turn's end.
-                task.add_done_callback(lambda _: self._observer.ended(turn))
+                task.add_done_callback(lambda _: self._abandoned(turn))
                 raise
             except GatehouseError:
                 self._observer.ended(turn)
                 raise
         turn.begin_again(self._clock())
+
+    def _abandoned(self, turn: Turn) -> None:
+        """The client hung up between two attempts; the last one is on record as superseded."""
+        turn.outcome, turn.error_code = Outcome.ABORTED, ClientClosed.code
+        turn.status = ClientClosed.status
+        self._observer.ended(turn)
 
     def _start(self, end: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(end)

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from governance.errors import EngineFailed
 from governance.ports import Draft
 from governance.types import EngineChunk, InferenceRequest, Operation
 from routing.types import Verdict
@@ -76,7 +77,10 @@ class DraftReader:
         if self.judged and not self._strip:
             return chunk
         self._tokens += chunk.tokens
-        events = [self._event(part) for part in chunk.data.split(_END) if part]
+        try:
+            events = [self._event(part) for part in chunk.data.split(_END) if part]
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise EngineFailed from None  # no text of it: an exception may quote the answer
         return replace(chunk, data=b"".join(events)) if self._strip else chunk
 
     def judge(self) -> Verdict:
@@ -92,8 +96,10 @@ class DraftReader:
         return verdict
 
     def _event(self, part: bytes) -> bytes:
+        if not part.startswith(_DATA):
+            return part + _END  # a comment, which keeps a connection alive
         event: dict[str, Any] = orjson.loads(part.removeprefix(_DATA))
-        for choice in event.get("choices", ()):
+        for choice in event.get("choices") or ():
             if not self.judged:
                 self._finish_reason = choice.get("finish_reason") or self._finish_reason
                 self._draft.feed(self._text(choice), _logprobs(choice))
@@ -110,5 +116,7 @@ def _logprobs(choice: Mapping[str, Any]) -> list[float]:
     """Log-probability of each token of a piece, in either form of the interface."""
     found = choice.get("logprobs") or {}
     if (content := found.get("content")) is not None:
-        return [float(token["logprob"]) for token in content]
-    return [float(value) for value in found.get("token_logprobs") or () if value is not None]
+        values = [token.get("logprob") for token in content]
+    else:
+        values = found.get("token_logprobs") or []
+    return [float(value) for value in values if isinstance(value, int | float)]

@@ -253,6 +253,12 @@ class Overloaded(RateLimited):
     code = "overloaded"
 
 
+class DepartmentShareTaken(Overloaded):
+    """The department uses its share of a model's engines while others wait; try again shortly."""
+
+    code = "department_share_taken"
+
+
 class ClientClosed(GatehouseError):
     """The client closed the connection."""
 

@@ -2,7 +2,10 @@
 
 Only where the platform chose the model (``auto``): who names a model gets that one or an error.
 A request is never sent to a second replica of the same model once one has begun it, because it
-might be what killed the first; going on to another tier risks one replica there, and no more.
+might be what killed the first; it goes on once, to the other tier, and risks one replica there.
+
+Being told to wait is no way up: a department that fills its share of the small tier stays there,
+and so does one whose target or budget leaves no room for the large tier.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from dataclasses import replace
 
 from governance.drafts import Escalated
 from governance.errors import (
+    AuditUnavailable,
     BudgetExhausted,
     ContextLengthExceeded,
+    DepartmentShareTaken,
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
@@ -23,8 +28,8 @@ from governance.errors import (
 from governance.selection import TIERS, Option
 from governance.types import ModelInfo, Route
 
-_ELSEWHERE = (EngineUnavailable, Overloaded, EngineTimeout, EngineFailed)
-"""The model cannot answer now; another may."""
+_BEGUN = (EngineTimeout, EngineFailed)
+"""An engine may have begun the request."""
 
 
 class Fallbacks:
@@ -42,6 +47,10 @@ class Fallbacks:
         self._options = {option.model.id: option for option in options}
         self._left = list(route.fallbacks)
         self._chosen_tier = route.model.tier
+        self._given_up: str | None = None
+        """Model whose answer was not kept, and would still do."""
+        self._risked = False
+        """An engine has failed with the request."""
 
     @property
     def option(self) -> Option:
@@ -53,13 +62,14 @@ class Fallbacks:
         if not self._route.auto:
             return None
         current = self._route.model
-        model = next((m for m in self._left if _suits(error, current, m)), None)
+        model = next((m for m in self._left if self._suits(error, current, m)), None)
         if model is None:
             return None
         self._left.remove(model)
+        self._risked = self._risked or isinstance(error, _BEGUN)
         if isinstance(error, Escalated):
-            # What was given up may still be the answer, if the other model has none.
             self._left.append(current)
+            self._given_up = current.id
             reason, detail = f"cascade:{error.verdict.reason}", error.verdict.detail
         else:
             reason, detail = f"fallback:{error.code}", {}
@@ -77,13 +87,24 @@ class Fallbacks:
         )
         return self._route
 
-
-def _suits(error: GatehouseError | Escalated, current: ModelInfo, model: ModelInfo) -> bool:
-    """Whether the other model may do what this one could not."""
-    if isinstance(error, Escalated):
-        return True
-    if isinstance(error, BudgetExhausted):
-        return TIERS.index(model.tier) < TIERS.index(current.tier)
-    if isinstance(error, ContextLengthExceeded):
-        return model.context_tokens > current.context_tokens
-    return isinstance(error, _ELSEWHERE)
+    def _suits(
+        self, error: GatehouseError | Escalated, current: ModelInfo, model: ModelInfo
+    ) -> bool:
+        """Whether the other model may do what this one could not."""
+        if isinstance(error, Escalated):
+            return True
+        if model.id == self._given_up:
+            # It has answered this very request; only what cannot be recorded is not tried again.
+            return not isinstance(error, AuditUnavailable)
+        rises = TIERS.index(model.tier) > TIERS.index(current.tier)
+        if isinstance(error, BudgetExhausted):
+            return TIERS.index(model.tier) < TIERS.index(current.tier)
+        if isinstance(error, ContextLengthExceeded):
+            return model.context_tokens > current.context_tokens
+        if isinstance(error, DepartmentShareTaken):
+            return not rises
+        if isinstance(error, Overloaded):
+            return self._route.may_rise or not rises
+        if isinstance(error, _BEGUN):
+            return not self._risked and model.tier != current.tier
+        return isinstance(error, EngineUnavailable)

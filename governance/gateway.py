@@ -41,6 +41,7 @@ from governance.ports import (
     Inspector,
     Ledger,
     Observer,
+    OutputInspection,
     Policy,
     Router,
 )
@@ -131,7 +132,7 @@ class Gateway:
         monotonic: Clock = lambda: time.monotonic_ns() // 1000,
         observer: Observer = _UNOBSERVED,
     ) -> None:
-        self.selection = Selection(models, policy, offers_auto=router.offers_auto)
+        self.selection = Selection(models, policy, choices=router.choices)
         self.authenticator = authenticator
         self.policy = policy
         self.limiter = limiter
@@ -255,7 +256,7 @@ class Gateway:
             RouteAsk(
                 request_id=turn.request_id,
                 request=request,
-                permitted=tuple(option.model for option in options),
+                permitted=tuple(option.bounded for option in options),
                 auto=request.model == AUTO,
                 department=principal.department,
                 principal_key=principal.key,
@@ -350,7 +351,7 @@ class Gateway:
                     if reader and not reader.judged:
                         if not reader.due:
                             continue
-                        self._judge(turn, reader, outlet)
+                        self._judge(turn, reader, inspection, outlet)
                     for piece in outlet.ready():
                         if not turn.first_chunk_us:
                             turn.first_chunk_us = self.clock()
@@ -372,10 +373,10 @@ class Gateway:
         if finished is None:
             raise InternalError()
         turn.usage, turn.gpu_us = finished.usage, finished.gpu_us
+        if reader and not reader.judged:
+            self._judge(turn, reader, inspection, outlet)
         rest, turn.output_inspection = inspection.finish()
         outlet.take(rest)
-        if reader and not reader.judged:
-            self._judge(turn, reader, outlet)
         tail = outlet.rest()
         if not turn.first_chunk_us:
             turn.first_chunk_us = self.clock()
@@ -387,11 +388,15 @@ class Gateway:
         await self._closer.close(turn)
         yield Answer(tail, finished)
 
-    def _judge(self, turn: Turn, reader: DraftReader, outlet: _Outlet) -> None:
+    def _judge(
+        self, turn: Turn, reader: DraftReader, inspection: OutputInspection, outlet: _Outlet
+    ) -> None:
         """Keep the answer that was held back, or record it and leave it to the next model."""
         try:
             verdict = reader.judge()
         except Escalated:
+            rest, turn.output_inspection = inspection.finish()
+            outlet.take(rest)
             self.audit.output(turn, outlet.rest())
             raise
         if turn.route is not None:

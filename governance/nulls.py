@@ -53,7 +53,7 @@ class NullOutputInspection:
 class FixedRouter:
     """Sends a request to the model it names; there is no ``auto``."""
 
-    offers_auto = False
+    choices: frozenset[str] = frozenset()
     announce = "routing: by name - 'auto' is not offered, callers name their model"
 
     async def route(self, ask: RouteAsk) -> Route:

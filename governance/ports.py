@@ -96,8 +96,9 @@ class OutputInspection(Protocol):
 class Router(Protocol):
     """route: choose among the models that policy permits. Knows no policy."""
 
-    offers_auto: bool
-    """Whether callers may leave the choice to the platform."""
+    choices: frozenset[str]
+    """Ids of the models that it chooses among for a caller who leaves the choice to the platform;
+    empty where that is not offered."""
 
     async def route(self, ask: RouteAsk) -> Route:
         """Pick one of ``ask.permitted``; never raises for want of a score or of a replica."""

@@ -192,11 +192,18 @@ def opening(request: InferenceRequest) -> list[str]:
         prompt = request.body[REQUIRED[request.operation]]
         first = prompt if isinstance(prompt, str) else prompt[0]
         return [str(first)[:_OPENING_CHARS]]
-    contents = (message.get("content") for message in request.body["messages"][:2])
-    return [
-        content[:_OPENING_CHARS] if isinstance(content, str) else str(content)[:_OPENING_CHARS]
-        for content in contents
-    ]
+    return [_beginning(message.get("content")) for message in request.body["messages"][:2]]
+
+
+def _beginning(content: Any) -> str:
+    if isinstance(content, str):
+        return content[:_OPENING_CHARS]
+    found = ""
+    for part in content or ():
+        found += part["text"][: _OPENING_CHARS - len(found)] + "\0"
+        if len(found) >= _OPENING_CHARS:
+            break
+    return found
 
 
 def question(request: InferenceRequest) -> str:

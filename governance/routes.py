@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import orjson
+
 from governance.budget.messages import AccountState, ModelPrice
 from governance.budget.prices import MIN_OBSERVATIONS
 from governance.ports import Clock
@@ -35,10 +37,9 @@ class AutoRouting:
         load: How busy a base model is.
         price: What a token of a base model has cost of late.
         cards: Models' cards; a price on a card, which somebody measured, comes before that.
+        choices: Ids of the models that it chooses among.
         clock: Wall clock, microseconds.
     """
-
-    offers_auto = True
 
     def __init__(
         self,
@@ -46,9 +47,11 @@ class AutoRouting:
         load: Callable[[str], ModelLoad],
         price: Callable[[str], ModelPrice],
         cards: Sequence[ModelCard],
+        choices: frozenset[str],
         clock: Clock,
     ) -> None:
         self.router = router
+        self.choices = choices
         self._load = load
         self._price = price
         self._on_card = {card.id: card.price for card in cards if card.price is not None}
@@ -80,6 +83,7 @@ class AutoRouting:
             auto=True,
             fallbacks=tuple(models[model_id] for model_id in choice.fallbacks),
             draft=choice.draft,
+            may_rise=choice.may_rise,
             detail={**choice.detail, **self._large_price(ask.permitted)},
         )
 
@@ -129,7 +133,8 @@ def need_of(request: InferenceRequest, tokens_per_kib: int) -> Need:
     body = request.body
     wanted = body.get("response_format") or {}
     return Need(
-        prompt_tokens_estimate=request.body_bytes * tokens_per_kib // 1024,
+        # Of what the engine will get: white space around it is the client's own affair.
+        prompt_tokens_estimate=len(orjson.dumps(body)) * tokens_per_kib // 1024,
         answer_tokens=request.max_tokens or 0,
         tools=bool(body.get("tools")),
         json_mode=wanted.get("type") in _JSON_FORMATS,

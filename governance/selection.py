@@ -7,7 +7,7 @@ for each model by itself, and what it does not allow never reaches the router.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from governance.errors import BlockedByPolicy, InvalidRequest, LimitExceeded, ModelNotFound
 from governance.ports import Policy
@@ -35,6 +35,14 @@ class Option:
     model: ModelInfo
     decision: Decision
 
+    @property
+    def bounded(self) -> ModelInfo:
+        """The model with as much context as this caller may use of it."""
+        most = self.decision.limits.context_tokens
+        if most is None or most >= self.model.context_tokens:
+            return self.model
+        return replace(self.model, context_tokens=most)
+
 
 class Selection:
     """Narrows the catalogue down to what one request may use.
@@ -42,18 +50,20 @@ class Selection:
     Args:
         models: All served models, in catalogue order.
         policy: Decides.
-        offers_auto: Whether a caller may leave the choice to the platform.
+        choices: Ids of the models among which a caller may leave the choice to the platform.
     """
 
-    def __init__(self, models: Sequence[ModelInfo], policy: Policy, *, offers_auto: bool) -> None:
+    def __init__(
+        self, models: Sequence[ModelInfo], policy: Policy, *, choices: frozenset[str]
+    ) -> None:
         self.models: Mapping[str, ModelInfo] = {model.id: model for model in models}
         self._policy = policy
-        self._tiers = [m for m in models if m.tier in TIERS and offers_auto]
+        self._choices = [m for m in models if m.tier in TIERS and m.id in choices]
 
     def listed(self, principal: Principal) -> list[ModelInfo]:
         """The models that the caller may use; ``auto`` first where there is a choice to make."""
         visible = [m for m in self.models.values() if self._policy.visible(principal, m)]
-        choices = [m for m in self._tiers if m in visible]
+        choices = [m for m in self._choices if m in visible]
         return [auto_info(choices), *visible] if choices else visible
 
     def visible(self, principal: Principal, request: InferenceRequest) -> tuple[ModelInfo, ...]:
@@ -64,7 +74,7 @@ class Selection:
             InvalidRequest: None of them answers this operation.
         """
         if request.model == AUTO:
-            named: Sequence[ModelInfo] = self._tiers
+            named: Sequence[ModelInfo] = self._choices
         else:
             model = self.models.get(request.model)
             named = () if model is None else (model,)

@@ -213,6 +213,8 @@ class Route:
     """The platform chose."""
     fallbacks: tuple[ModelInfo, ...] = ()
     """Models to try, in order, where the first cannot answer and nothing was released yet."""
+    may_rise: bool = True
+    """Whether a cheaper model that is too busy may be replaced by a dearer one."""
     draft: Draft | None = None
     """The model's answer is held back and judged first: a cascade. ``fallbacks`` starts with the
     model that answers instead."""

@@ -70,6 +70,8 @@ class AutoChoice:
     """Judges the answer before it is released, where there is a cascade."""
     detail: Mapping[str, int | str | bool | None] = field(default_factory=dict)
     """For the record; fractions in thousandths."""
+    may_rise: bool = True
+    """Whether a large model may answer because the small ones turn out to be full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,7 @@ class AutoRouter:
             fallbacks=tuple(other.id for other in fallbacks),
             draft=draft,
             detail=detail,
+            may_rise=wish.may_rise and ask.priority_class != "batch",
         )
 
     def _draft(

@@ -22,6 +22,7 @@ from deployments.data_plane.session import DETOKENIZE
 from deployments.data_plane.tickets import TicketSigner
 from governance.control.snapshot import ReplicaAddress
 from governance.errors import (
+    DepartmentShareTaken,
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
@@ -290,7 +291,7 @@ class DataPlaneEngine:
                 states[replica.id] = state
         chosen = choose(list(states.values()), dispatch.affinity, self._rng)
         if chosen is None:
-            raise Overloaded(
+            raise DepartmentShareTaken(
                 "Your department has its share of this model's engines in use while others wait; "
                 "try again shortly.",
                 None,

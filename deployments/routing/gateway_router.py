@@ -103,7 +103,8 @@ class GatewayRouter:
         if not self._eligible or self._auto is None:
             return FixedRouter()
         log.info("%s", self.announce)
-        return AutoRouting(self._auto, load, price(), self._cards, clock)
+        choices = frozenset(model.id for model in self._eligible)
+        return AutoRouting(self._auto, load, price(), self._cards, choices, clock)
 
     @property
     def announce(self) -> str:

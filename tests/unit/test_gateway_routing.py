@@ -17,10 +17,12 @@ from governance.errors import (
     BlockedByPolicy,
     BudgetExhausted,
     ContextLengthExceeded,
+    DepartmentShareTaken,
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
     GatehouseError,
+    InternalError,
     InvalidRequest,
     LimitExceeded,
     ModelNotFound,
@@ -38,6 +40,7 @@ from governance.types import (
     EngineEvent,
     EngineFinished,
     EngineStarted,
+    Inspection,
     ModelInfo,
     Operation,
     Outcome,
@@ -54,6 +57,8 @@ GENERATE = frozenset({Operation.CHAT, Operation.COMPLETIONS})
 SMALL = ModelInfo("small", "small", GENERATE, 512, "small")
 LARGE = ModelInfo("large", "large", GENERATE, 1024, "large")
 VECTORS = ModelInfo("vectors", "embedding", frozenset({Operation.EMBEDDINGS}), 512, "vectors")
+TWIN = ModelInfo("twin", "small", GENERATE, 512, "twin")
+ADAPTER = ModelInfo("adapter", "small", GENERATE, 512, "small")
 MODELS = (SMALL, LARGE, VECTORS)
 
 
@@ -64,13 +69,18 @@ def rule(name: str, roles: Sequence[str], **more: Any) -> dict[str, Any]:
 
 POLICY = {
     "version": 1,
-    "roles": ["employee", "intern", "nobody", "curator"],
+    "roles": ["employee", "intern", "nobody", "curator", "clerk"],
     "departments": ["hr", "marketing"],
     "rules": [
         rule("all", ["employee"], limits={"max_tokens": 100}),
         rule("large-little", ["employee"], when={"models": ["large"]}, limits={"max_tokens": 50}),
         rule("interns", ["intern"], when={"models": ["tier:small"]}),
         rule("vectors", ["curator"], when={"models": ["vectors"]}),
+        rule("narrow", ["clerk"], when={"models": ["tier:small"]}),
+        rule("narrow-large", ["clerk"], when={"models": ["large"]}, limits={"context_tokens": 100}),
+        rule(
+            "adapter", ["employee"], when={"models": ["adapter"]}, limits={"requests_per_minute": 1}
+        ),
     ],
     "tests": [],
 }
@@ -79,13 +89,14 @@ POLICY = {
 class Choosing:
     """Chooses as it is told, of what it is offered."""
 
-    offers_auto = True
+    choices = frozenset({"small", "large", "twin"})
 
     def __init__(
         self, draft: Judge | None = None, order: Sequence[str] = ("small", "large")
     ) -> None:
         self.draft = draft
         self.order = order
+        self.may_rise = True
         self.asks: list[RouteAsk] = []
 
     async def route(self, ask: RouteAsk) -> Route:
@@ -95,7 +106,15 @@ class Choosing:
         models = {model.id: model for model in ask.permitted}
         first, *rest = [models[name] for name in self.order if name in models]
         draft = self.draft if first is SMALL else None
-        return Route(first, f"auto:{first.id}", True, tuple(rest), draft, {"gain_milli": 12})
+        return Route(
+            first,
+            f"auto:{first.id}",
+            True,
+            tuple(rest),
+            self.may_rise,
+            draft,
+            {"gain_milli": 12},
+        )
 
 
 class Judge:
@@ -123,6 +142,9 @@ class Tiers:
 
     def __init__(self, **scripts: Sequence[str] | GatehouseError) -> None:
         self.scripts: dict[str, Any] = {"small": ("s1", "s2", "s3"), "large": ("l1", "l2")}
+        self.scripts["twin"] = ("t1",)
+        self.odd: bytes = b""
+        """Sent by the small model before its first piece."""
         self.scripts |= scripts
         self.late: dict[str, GatehouseError] = {}
         """Raised after the engine has taken the request, before its first piece."""
@@ -152,6 +174,8 @@ class Tiers:
             yield EngineStarted(f"{name}-1", VERSION, "test", 3)
             if name in self.late:
                 raise self.late[name]
+            if self.odd and name == "small":
+                yield EngineChunk(self.odd)
             asked = json.loads(dispatch.body).get("logprobs")
             for number, word in enumerate(script):
                 if number and name in self.mid:
@@ -246,6 +270,7 @@ class Setup:
         engine: Tiers | None = None,
         router: Choosing | None = None,
         ledger: Account | None = None,
+        models: tuple[ModelInfo, ...] = MODELS,
     ) -> None:
         self.engine = engine or Tiers()
         self.router = router or Choosing()
@@ -258,11 +283,12 @@ class Setup:
             "intern": principal("intern", "marketing", ("intern",)),
             "nobody": principal("nobody", "hr", ("nobody",)),
             "curator": principal("curator", "hr", ("curator",)),
+            "clerk": principal("clerk", "hr", ("clerk",)),
         }
         self.gateway = Gateway(
-            models=MODELS,
+            models=models,
             authenticator=TokenTable(people),
-            policy=CompiledPolicy(PolicyConfig.model_validate(POLICY), MODELS),
+            policy=CompiledPolicy(PolicyConfig.model_validate(POLICY), models),
             limiter=RateLimiter(lambda: 0.0),
             inspector=NullInspector(),
             router=self.router,
@@ -360,7 +386,7 @@ async def test_a_model_that_may_not_answer_at_length_is_left_out() -> None:
 
 async def test_without_a_router_there_is_no_auto() -> None:
     router = Choosing()
-    router.offers_auto = False
+    router.choices = frozenset()
     setup = Setup(router=router)
     with pytest.raises(ModelNotFound):
         await setup.run()
@@ -500,6 +526,51 @@ async def test_a_prompt_too_long_for_one_model_goes_to_one_with_more_room() -> N
         await setup.run()
 
 
+@pytest.mark.parametrize("refusal", [Overloaded(), DepartmentShareTaken()])
+async def test_being_told_to_wait_is_no_way_up_for_who_may_not_rise(
+    refusal: GatehouseError,
+) -> None:
+    router = Choosing()
+    router.may_rise = False
+    setup = Setup(Tiers(small=refusal), router)
+    with pytest.raises(Overloaded):
+        await setup.run()
+    assert [dispatch.model for dispatch in setup.engine.dispatched] == ["small"]
+
+
+async def test_a_department_that_fills_its_share_stays_in_its_tier() -> None:
+    setup = Setup(Tiers(small=DepartmentShareTaken()))
+    with pytest.raises(DepartmentShareTaken):
+        await setup.run()
+    down = Setup(Tiers(large=DepartmentShareTaken()), Choosing(order=("large", "small")))
+    assert await down.text() == "s1s2s3"
+
+
+async def test_a_request_that_kills_engines_kills_two_at_most() -> None:
+    models = (SMALL, TWIN, LARGE)
+    order = Choosing(order=("small", "twin", "large"))
+    setup = Setup(Tiers(small=EngineFailed(), large=EngineFailed()), order, models=models)
+    with pytest.raises(EngineFailed):
+        await setup.run()
+    assert [dispatch.model for dispatch in setup.engine.dispatched] == ["small", "large"]
+
+
+async def test_a_model_counts_with_the_context_that_the_caller_may_use() -> None:
+    setup = Setup(
+        Tiers(large=ContextLengthExceeded("too long")), Choosing(order=("large", "small"))
+    )
+    assert await setup.text(setup.call("clerk")) == "s1s2s3"
+    (ask,) = setup.router.asks
+    assert [model.context_tokens for model in ask.permitted] == [512, 100]
+    assert setup.engine.dispatched[0].context_tokens == 100
+
+
+async def test_limits_of_a_model_that_auto_does_not_choose_do_not_bind_it() -> None:
+    setup = Setup(models=(*MODELS, ADAPTER))
+    for _ in range(3):
+        assert await setup.text() == "s1s2s3"
+
+
 async def test_a_budget_that_cannot_cover_the_large_model_may_cover_the_small_one() -> None:
     setup = Setup(router=Choosing(order=("large", "small")), ledger=Account("large"))
     assert await setup.text() == "s1s2s3"
@@ -627,6 +698,92 @@ async def test_an_answer_given_up_is_asked_for_again_where_the_other_model_is_do
     assert [dispatch.model for dispatch in engine.dispatched] == ["small", "large", "small"]
     assert setup.turn is not None
     assert [attempt.why for attempt in setup.turn.earlier] == ["cascade", "engine_unavailable"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ContextLengthExceeded("no"),
+        InvalidRequest("no"),
+        InternalError(),
+        ModelNotFound("", "model"),
+    ],
+    ids=lambda error: error.code,
+)
+async def test_an_answer_given_up_stands_in_for_any_failure_of_the_other_model(
+    failure: GatehouseError,
+) -> None:
+    engine = Tiers(large=failure)
+    engine.logprob = -3.0
+    setup = Setup(engine, Choosing(Judge()))
+    assert await setup.text() == "s1s2s3"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b": ping\n\n",
+        b"event: x\ndata: {}\n\n",
+        b'data: {"choices":null}\n\n',
+        b'data: {"choices":[{"delta":null,"logprobs":{"content":[{"logprob":null}]}}]}\n\n',
+    ],
+)
+async def test_an_odd_event_does_not_break_a_draft(odd: bytes) -> None:
+    setup = Setup(router=Choosing(Judge()))
+    setup.engine.odd = odd
+    events = await setup.run()
+    assert isinstance(events[-1], Answer)
+
+
+async def test_what_is_no_event_is_a_failure_of_the_engine() -> None:
+    setup = Setup(router=Choosing(Judge()))
+    setup.engine.odd = b"data: {secret"
+    assert await setup.text() == "l1l2"
+    assert setup.audit.events[1]["error_code"] == "engine_failed"
+
+
+async def test_who_hangs_up_after_an_escalation_was_not_answered() -> None:
+    setup = Setup(router=Choosing(Judge()))
+    setup.engine.logprob = -3.0
+    setup.audit.wait = asyncio.Event()
+    task = asyncio.create_task(setup.run())
+    await until(lambda: bool(setup.ledger.holds) and bool(setup.ledger.holds[0].settled))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    setup.audit.wait.set()
+    await setup.gateway.drain()
+    await asyncio.sleep(0)
+    assert setup.observer.turns == [(Outcome.ABORTED, 1)]
+
+
+class Buffering(NullInspector):
+    """Releases nothing before the end."""
+
+    def open_output(self, turn: Turn) -> Any:
+        return BufferingOutput()
+
+
+class BufferingOutput:
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed(self, chunk: EngineChunk) -> EngineChunk | None:
+        self.data += chunk.data
+        return None
+
+    def finish(self) -> tuple[EngineChunk | None, Inspection]:
+        return EngineChunk(self.data), Inspection("buffering")
+
+
+async def test_an_answer_given_up_is_on_record_whole_whatever_inspection_held_back() -> None:
+    setup = Setup(router=Choosing(Judge()))
+    setup.gateway.inspector = Buffering()
+    setup.engine.logprob = -3.0
+    assert await setup.text() == "l1l2"
+    first = setup.audit.events[0]
+    assert b"s1" in setup.audit.content[first["event_id"]]
+    assert setup.audit.events[1]["inspector"] == "none"
 
 
 async def test_a_draft_whose_engine_fails_falls_back() -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import orjson
 import pytest
 
 from governance.budget.messages import AccountState, ModelPrice
@@ -49,7 +50,8 @@ def routing(chooser: Chooser, *cards: ModelCard) -> AutoRouting:
     def load(base_model: str) -> ModelLoad:
         return ModelLoad(replicas=len(base_model))
 
-    return AutoRouting(chooser, load, price, cards, lambda: 0)  # type: ignore[arg-type]
+    choices = frozenset({"small", "large"})
+    return AutoRouting(chooser, load, price, cards, choices, lambda: 0)  # type: ignore[arg-type]
 
 
 def ask(request: InferenceRequest, **fields: Any) -> RouteAsk:
@@ -106,6 +108,7 @@ async def test_what_the_router_is_told() -> None:
     assert (told.department, told.priority_class, told.pressure_milli) == ("hr", "batch", 0)
     assert told.need.answer_tokens == 9
     assert (route.model, route.fallbacks, route.auto) == (LARGE, (SMALL,), True)
+    assert route.may_rise
     assert route.detail == {
         "gain_milli": 9,
         "large_model": "large",
@@ -127,7 +130,8 @@ async def test_what_stands_in_for_a_price_is_not_recorded_as_one() -> None:
     def cold(base_model: str) -> ModelPrice:
         return replace(price(base_model), observations=19)
 
-    routes = AutoRouting(chooser, lambda _: ModelLoad(), cold, (), lambda: 0)  # type: ignore[arg-type]
+    routes = routing(chooser)
+    routes._price = cold
     route = await routes.route(ask(chat(("user", "hi"))))
     assert route.detail == {"large_model": "large"}
 
@@ -174,7 +178,10 @@ def test_needs() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     request = chat(("user", "x" * 1000), tools=[tool], max_tokens=5, n=2)
     need = need_of(request, 256)
-    assert need.prompt_tokens_estimate == request.body_bytes // 4
+    assert need.prompt_tokens_estimate == len(orjson.dumps(request.body)) // 4
+    padded = parse_request(Operation.CHAT, b" " * 9000 + b'{"model":"auto","messages":[{"role":'
+                           b'"user","content":"hi"}]}')  # fmt: skip
+    assert need_of(padded, 1024).prompt_tokens_estimate < 100
     assert (need.tools, need.json_mode, need.answer_tokens, need.choices) == (True, False, 5, 2)
     assert need_of(chat(("user", "x"), response_format={"type": "json_object"}), 256).json_mode
     assert not need_of(chat(("user", "x"), response_format={"type": "text"}), 256).json_mode

@@ -5,7 +5,8 @@
 -- where nobody knows. attempts counts models that were tried; routed says that the platform chose
 -- among them, because the caller had asked for auto.
 -- outcome is completed, refused, failed or aborted; open while a request has no end on record.
--- admitted requests may be refused too, such as when a budget cuts an answer short.
+-- admitted requests may be refused too, such as when a budget cuts an answer short. Where a caller
+-- went before the next model was tried, the last attempt's answer was never released: aborted.
 CREATE VIEW v_requests AS
 SELECT
     request_id,
@@ -26,8 +27,14 @@ SELECT
     arg_max_null(data_class, attempt) AS data_class,
     arg_max_null(decision, attempt) AS decision,
     arg_max_null(rule_ids, attempt) AS rule_ids,
-    arg_max_null(outcome, attempt) AS outcome,
-    arg_max_null(status, attempt) AS status,
+    CASE
+        WHEN arg_max_null(superseded, attempt) IS NOT NULL THEN 'aborted'
+        ELSE arg_max_null(outcome, attempt)
+    END AS outcome,
+    CASE
+        WHEN arg_max_null(superseded, attempt) IS NOT NULL THEN 499
+        ELSE arg_max_null(status, attempt)
+    END::SMALLINT AS status,
     arg_max_null(error_code, attempt) AS error_code,
     arg_max_null(finish_reason, attempt) AS finish_reason,
     arg_max_null(input_tokens, attempt) AS input_tokens,

@@ -25,8 +25,14 @@ WITH folded AS (
         coalesce(
             bool_or(superseded = 'fallback' OR route_reason LIKE 'fallback:%'), FALSE
         ) AS fallback,
-        arg_max_null(outcome, attempt) AS outcome,
-        arg_max_null(status, attempt) AS status,
+        CASE
+            WHEN arg_max_null(superseded, attempt) IS NOT NULL THEN 'aborted'
+            ELSE arg_max_null(outcome, attempt)
+        END AS outcome,
+        CASE
+            WHEN arg_max_null(superseded, attempt) IS NOT NULL THEN 499
+            ELSE arg_max_null(status, attempt)
+        END::SMALLINT AS status,
         arg_max_null(input_tokens, attempt) AS input_tokens,
         arg_max_null(cached_tokens, attempt) AS cached_tokens,
         arg_max_null(output_tokens, attempt) AS output_tokens,
