@@ -22,7 +22,7 @@ from routing.conversation import affinity_key
 from routing.need import Need
 from routing.types import ModelLoad
 
-QUESTION_CHARS = 16_384
+QUESTION_CHARS = 4_096
 """A longer question is cut to half of this from either end: the scorer reads less, and a score may
 be asked of another process."""
 

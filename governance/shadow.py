@@ -4,10 +4,10 @@ Routing by predicted gain is a bet that the large model would not have helped. A
 requests that were answered by the small model is run again on the large one while that is idle,
 and how far the answers agree (``routing.agreement``) is recorded with the predicted gain.
 
-Users come first. ``offer`` takes microseconds, never raises and never waits. A run starts only
-while the large model has room to spare, has the priority of batches, gives way as soon as anybody
-waits, and is paid from an account of its own. What does not fit is dropped and counted: the sample
-therefore speaks for quiet hours more than for busy ones.
+Users come first. ``offer`` takes microseconds, never raises and never waits; answers are read and
+compared in threads. A run starts only while the large model has room to spare, has the priority of
+batches, gives way as soon as anybody waits, and is paid from an account of its own. What does not
+fit is dropped and counted: the sample therefore speaks for quiet hours more than for busy ones.
 
 The caller's permission, not the caller's token, counts: the policy decides anew, for the same
 verified caller, whether the large model may be used; the answer goes nowhere, so a token that was
@@ -30,7 +30,7 @@ from governance.request import question
 from governance.shadow_exchange import NotRun, Offer, ShadowAnswer, ShadowExchange
 from governance.shadow_record import shadow_event
 from governance.tracebacks import without_messages
-from governance.types import InferenceRequest, Operation, Outcome, Turn
+from governance.types import InferenceRequest, ModelInfo, Operation, Outcome, Turn
 from routing.agreement import Agreement, Similarity, agreement
 from routing.types import ModelLoad
 
@@ -38,12 +38,17 @@ log = logging.getLogger("gatehouse.shadow")
 
 MAX_QUEUED = 32
 """Offers that wait at most; each keeps its request and answer in memory."""
+MAX_QUEUED_BYTES = 16 << 20
+"""Of answers that wait to be read."""
 MAX_REQUEST_BYTES = 64 << 10
 MAX_ANSWER_CHARS = 64 << 10
 STALE_S = 600.0
 """An offer for which there was no idle moment in this time is dropped."""
 RUN_S = 300.0
-"""Longest run."""
+"""Longest run, up to the end of the answer."""
+COMPARE_S = 30.0
+"""Longest comparison that is waited for. It runs in a thread, which nothing can stop; what ends it
+is that request and answers are bounded, and that it takes time in proportion to them."""
 POLL_S = 0.5
 """How often an idle moment is looked for while something waits."""
 PAUSE_S = 60.0
@@ -138,35 +143,49 @@ class ShadowRunner:
         digest = hashlib.blake2b(request_id.encode(), digest_size=8, person=b"shadow").digest()
         return int.from_bytes(digest, "big") % 1000 < self._share_milli
 
-    def offer(self, turn: Turn, answer_text: str) -> None:
-        """Take note of a turn that ended with an answer of the small model; never raises."""
+    def may_take(self, turn: Turn) -> bool:
+        """Whether an answer to a request that was just decided may be offered; never raises.
+
+        The answer to any other need not be kept for it.
+        """
         try:
-            self._offer(turn, answer_text)
+            return self.wants(turn.request_id) and isinstance(self._pair(turn), ModelInfo)
+        except Exception as error:
+            log.error("request %s not shadowed\n%s", turn.request_id, without_messages(error))
+            return False
+
+    def offer(self, turn: Turn, raw: bytes | bytearray) -> None:
+        """Take note of a turn that ended with an answer of the small model; never raises.
+
+        Args:
+            turn: The turn.
+            raw: The answer as it was released; it is read later, and must not change.
+        """
+        try:
+            self._offer(turn, raw)
         except Exception as error:
             # Whatever is wrong here is no concern of the request.
             self.stats.dropped["broken"] += 1
             log.error("request %s not shadowed\n%s", turn.request_id, without_messages(error))
 
-    def _offer(self, turn: Turn, answer_text: str) -> None:
+    def _offer(self, turn: Turn, raw: bytes | bytearray) -> None:
         self.stats.offered += 1
         if not self.wants(turn.request_id):
             return
         self.stats.sampled += 1
-        found = self._look(turn, answer_text)
+        found = self._look(turn, raw)
         if isinstance(found, Offer):
             self._queue.append(found)
             self._wake.set()
         else:
             self.stats.dropped[found] += 1
 
-    def _look(self, turn: Turn, answer_text: str) -> Offer | str:
-        """The offer of a turn, or why there is none."""
-        route, request, decided = turn.route, turn.request, turn.decided_event_id
+    def _pair(self, turn: Turn) -> ModelInfo | str:
+        """The large model to compare with, or why there is none; known once a turn is decided."""
+        route, request = turn.route, turn.request
         if self._closed or self._max_per_minute < 1:
             return "stopped"
-        if turn.outcome is not Outcome.COMPLETED or turn.superseded is not None:
-            return "not_answered"
-        if route is None or request is None or turn.principal is None or decided is None:
+        if route is None or request is None:
             return "not_answered"
         if not route.auto or route.model.tier != "small" or turn.earlier:
             return "not_small"
@@ -175,9 +194,20 @@ class ShadowRunner:
             return "no_large"
         if not _comparable(request):
             return "not_comparable"
-        if request.body_bytes > MAX_REQUEST_BYTES or len(answer_text) > MAX_ANSWER_CHARS:
-            return "too_large"
-        if len(self._queue) >= MAX_QUEUED:
+        return "too_large" if request.body_bytes > MAX_REQUEST_BYTES else large
+
+    def _look(self, turn: Turn, raw: bytes | bytearray) -> Offer | str:
+        """The offer of a turn, or why there is none."""
+        if turn.outcome is not Outcome.COMPLETED or turn.superseded is not None:
+            return "not_answered"
+        route, request, decided = turn.route, turn.request, turn.decided_event_id
+        if route is None or request is None or turn.principal is None or decided is None:
+            return "not_answered"
+        large = self._pair(turn)
+        if isinstance(large, str):
+            return large
+        unread_bytes = len(raw) + sum(len(offer.raw) for offer in self._queue)
+        if len(self._queue) >= MAX_QUEUED or unread_bytes > MAX_QUEUED_BYTES:
             return "queue_full"
         return Offer(
             request_id=turn.request_id,
@@ -189,7 +219,7 @@ class ShadowRunner:
             inspection=turn.input_inspection,
             small=route.model,
             small_tokens=turn.usage.completion_tokens if turn.usage else None,
-            answer=answer_text,
+            raw=raw,
             large=large,
             gain_milli=_milli(route.detail, "gain_milli"),
             threshold_milli=_milli(route.detail, "threshold_milli"),
@@ -225,10 +255,29 @@ class ShadowRunner:
             elif self._monotonic() - self._queue[0].offered_s > STALE_S:
                 self._queue.popleft()
                 self.stats.dropped["stale"] += 1
+            elif self._queue[0].raw:
+                await self._read_first()
             elif self._may_start(self._queue[0]):
                 await self._run(self._queue.popleft())
             else:
                 await asyncio.sleep(POLL_S)
+
+    async def _read_first(self) -> None:
+        """Put the text of the first that waits in the place of what was released."""
+        offer = self._queue[0]
+        try:
+            read = await asyncio.to_thread(offer.read)
+        except Exception as error:
+            # One answer that is none says nothing of the next.
+            self._queue.popleft()
+            self._drop("broken")
+            log.error("request %s not shadowed\n%s", offer.request_id, without_messages(error))
+            return
+        if len(read.answer) > MAX_ANSWER_CHARS:
+            self._queue.popleft()
+            self._drop("too_large")
+        else:
+            self._queue[0] = read
 
     def _may_start(self, offer: Offer) -> bool:
         now_s, starts = self._monotonic(), self._starts
@@ -258,7 +307,8 @@ class ShadowRunner:
     async def _finish(self, offer: Offer, answer: ShadowAnswer) -> None:
         try:
             await self._exchange.end(answer.turn)
-            found = await asyncio.to_thread(self._agreement, offer, answer.text)
+            async with asyncio.timeout(COMPARE_S):
+                found = await asyncio.to_thread(self._agreement, offer, answer.text)
             await self._shadow_log.shadow(shadow_event(offer, answer.turn, found))
         except Exception as error:
             self._broke_off(offer, error)

@@ -55,12 +55,19 @@ class Offer:
     inspection: Inspection | None
     small: ModelInfo
     small_tokens: int | None
-    answer: str
     large: ModelInfo
     gain_milli: int | None
     threshold_milli: int | None
     offered_s: float
     """By the runner's clock."""
+    raw: bytes | bytearray = b""
+    """The small model's answer as it was released; empty once it has been read."""
+    answer: str = ""
+    """Its text, once it has been read."""
+
+    def read(self) -> Offer:
+        """The same with the answer's text; takes milliseconds where it is long."""
+        return replace(self, raw=b"", answer=answer_text(self.operation, self.raw))
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,7 @@ def _failed(turn: Turn, error: BaseException) -> None:
     turn.error_code, turn.status = known.code, known.status
 
 
-def answer_text(operation: Operation, data: bytes) -> str:
+def answer_text(operation: Operation, data: bytes | bytearray) -> str:
     """Text of the first choice in a piece of an answer: one or more server-sent events."""
     texts = []
     for part in data.split(b"\n\n"):

@@ -44,6 +44,8 @@ UNRELATED = 0.64
 median over pairs of different exam questions."""
 
 _EMPHASIS = re.compile(r"(?<![\w*`])(\*\*|__|\*|_|`)(\S(?:[^\n]{0,200}?\S)?)\1(?![\w*`])")
+_MANY_MARKS = re.compile(r"([^\w\s\x00-\x7f]{31,}+)")
+"""Among others every run of more combining marks than any script has (UAX 15, stream-safe text)."""
 _WORD = re.compile(r"\w+(?:[.,]\d+)*")
 
 
@@ -153,6 +155,15 @@ def _bounded(text: str) -> str:
 
 def _plain(text: str) -> str:
     """What does not change the meaning taken away."""
-    text = _EMPHASIS.sub(r"\2", unicodedata.normalize("NFC", text))
+    text = _EMPHASIS.sub(r"\2", _composed(text))
     text = text.replace("’", "'").replace("−", "-")
     return re.sub(r"\s+", " ", text).strip().rstrip(".!").rstrip().casefold()
+
+
+def _composed(text: str) -> str:
+    """The text in NFC, but for long runs of marks, which take the square of their number."""
+    parts = _MANY_MARKS.split(text)
+    return "".join(
+        part if number % 2 else unicodedata.normalize("NFC", part)
+        for number, part in enumerate(parts)
+    )

@@ -156,7 +156,8 @@ class Cascade(Section):
     departments: Departments
     """Departments whose requests are treated so; ``*`` is all of them."""
     escalate_share: float = Field(default=0.1, ge=0, le=0.9)
-    """Share of the small model's answers that is given up, the least sure ones first."""
+    """Share of the small model's answers that is given up, the least sure ones first; at most
+    twice that where so many are refusals, empty, cut or no JSON."""
     hold_tokens: int = Field(default=128, ge=8, le=4096)
     """Answer tokens that are held back at most before it is decided; a longer answer is judged by
     its beginning."""

@@ -14,7 +14,10 @@ share bounds what it may cost, and the shadow comparison shows what it is worth.
 
 Which answers are given up is a quantile of the department's recent ones, held at the share as in
 ``routing.targets``. A refusal, an empty answer, one that was cut without the client's asking, and
-text where JSON was wanted are given up at once, and count towards the share.
+text where JSON was wanted are given up without comparison, and count towards the share: the more of
+them, the fewer unsure ones. What makes a model refuse is in the hands of whoever writes the prompt,
+so they are bounded too: of any ``n`` answers of a department that one gateway judges in a row, at
+most ``2 * share * n + 8`` are given up, for whatever reason, whatever is asked.
 """
 
 from __future__ import annotations
@@ -36,10 +39,13 @@ MAX_TOKENS = 8_192
 """Of an answer whose log-probabilities are kept."""
 _LEAST_LOGPROB = -20.0
 """Engines write minus infinity and huge numbers for what they hold to be impossible."""
-_REFUSAL_CHARS = 400
 _LEARN = 32
 """Answers that must have been seen before the least sure of them are given up."""
 _WINDOW = 512
+_MOST = 2
+"""Times the share is what may be given up at most."""
+_BURST = 8
+"""Answers that may be given up beyond that, after a time in which fewer were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,8 @@ class Evidence:
     refusal: bool
     """It begins by declining to answer."""
     empty: bool
+    """It has ended, and neither text nor a token of it was seen, but for the one that ends it. The
+    tokens of an answer that is all reasoning are seen, and its text is not."""
     broken_json: bool
     """It has ended, JSON was asked for, and it is none."""
     ended: str
@@ -108,8 +116,8 @@ class AnswerEvidence:
             confidence_milli=_geometric_milli(self._logprobs),
             weakest_milli=_geometric_milli(worst),
             tokens=len(self._logprobs),
-            refusal=refuses(text[:_REFUSAL_CHARS]),
-            empty=not text.strip(),
+            refusal=refuses(text),
+            empty=finish_reason is not None and not text.strip() and len(self._logprobs) <= 1,
             broken_json=self._json_mode and ended and not _is_json(text),
             ended=finish_reason or "held",
         )
@@ -119,13 +127,15 @@ class EscalationGate:
     """Decides which answers of one department are given up.
 
     Args:
-        escalate_share: Share of the answers, 0 to 1.
+        escalate_share: Share of the answers, 0 to 1; at most twice that share where so many refuse,
+            are empty, cut or no JSON.
     """
 
     def __init__(self, escalate_share: float) -> None:
         self._share = escalate_share
         self._recent = Recent(size=_WINDOW)
         self._correction = Correction()
+        self._room = float(_BURST)
 
     def judge(self, evidence: Evidence, draw: float, left: float, *, cut_asked: bool) -> Verdict:
         """Whether the large model shall answer instead.
@@ -139,16 +149,29 @@ class EscalationGate:
         share = self._share * left
         if share <= 0:
             return Verdict(False, Judgement.SURE.value, evidence.detail)
-        judgement = _at_once(evidence, cut_asked)
+        self._room = min(float(_BURST), self._room + _MOST * share)
         detail = dict(evidence.detail)
-        if judgement is None:
-            judgement = self._ranked(evidence, draw, share, detail)
+        fault = _at_once(evidence, cut_asked)
+        judgement = fault or self._ranked(evidence, draw, share, detail)
+        if judgement not in _KEPT and self._room < 1:
+            detail["draft_kept"] = judgement.value
+            judgement = Judgement.SHARE_USED
         escalate = judgement not in _KEPT
-        if judgement is not Judgement.NO_EVIDENCE and judgement is not Judgement.LEARNING:
+        if escalate:
+            self._room -= 1
+        if fault is None:
+            self._saw(evidence, judgement, share)
+        elif self._correction.applied(share) > 0:
+            # Once nothing is left for unsure answers, more must not make them wait when it is over.
             self._correction.learn(share, escalate)
+        return Verdict(escalate, judgement.value, detail)
+
+    def _saw(self, evidence: Evidence, judgement: Judgement, share: float) -> None:
+        """Learn from an answer that was compared; the others are not what answers compare with."""
+        if judgement is not Judgement.NO_EVIDENCE and judgement is not Judgement.LEARNING:
+            self._correction.learn(share, judgement is Judgement.UNSURE)
         if evidence.weakest_milli is not None:
             self._recent.add(1000 - evidence.weakest_milli)
-        return Verdict(escalate, judgement.value, detail)
 
     def _ranked(
         self,
@@ -167,7 +190,7 @@ class EscalationGate:
         return Judgement.UNSURE if unsure else Judgement.SURE
 
 
-_KEPT = frozenset({Judgement.SURE, Judgement.LEARNING, Judgement.NO_EVIDENCE})
+_KEPT = frozenset({Judgement.SURE, Judgement.LEARNING, Judgement.NO_EVIDENCE, Judgement.SHARE_USED})
 
 
 def _at_once(evidence: Evidence, cut_asked: bool) -> Judgement | None:

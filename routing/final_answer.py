@@ -10,11 +10,18 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+_LOOKED_AT_CHARS = 2048
+_OPENING_CHARS = 400
+"""Of those, with spacing collapsed, that a refusal is looked for in."""
+
+# NOTE: answers are whatever a caller can make a model write, and some are read on the event loop.
+# Every pattern here takes time that is linear in the text: no two neighbouring parts of unbounded
+# length match the same characters, and what is scanned lazily has a bound.
 _REFUSAL = re.compile(
-    r"^[\W_]*(?:(?:unfortunately|regrettably)\W+)?"
-    r"(?:(?:i\s?['’]?\s?a?m|we\s?['’]?\s?a?re)?\s*(?:(?:so|very|really|truly)\s+)?"
-    r"(?:sorry|afraid)\W[^.!?\n]{0,80}?|(?:i\s+)?apologi[sz]e\W[^.!?\n]{0,60}?)?"
-    r"(?:as an? [^.!?\n]{1,60}?,\s*)?\bi\s*(?:['’]m|am)?\s*(?:simply|just|really)?\s*"
+    r"[\W_]*+(?:(?:unfortunately|regrettably)[\W_]++)?+"
+    r"(?:(?:(?:i\s?['’]?\s?a?m|we\s?['’]?\s?a?re)\s?)?+(?:(?:so|very|really|truly)\s)?+"
+    r"(?:sorry|afraid)\W[^.!?\n]{0,80}?|(?:i\s)?+apologi[sz]e\W[^.!?\n]{0,60}?)?"
+    r"(?:as an? [^.!?\n]{1,60}?,\s?)?(?<![^\W_])i\s?(?:['’]m|am)?\s?(?:simply|just|really)?\s?"
     r"(?:can\s?['’]?t|can\s?not|could\s?n['’]?t|won['’]?t|will not|(?:not able|unable) to|"
     r"not comfortable|do not feel comfortable|must (?:decline|refuse)|have to (?:decline|refuse)|"
     r"decline|refuse)\b"
@@ -22,14 +29,15 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSED_ACT = re.compile(
-    r"^\W*$|\b(?:help|assist|provid\w*|compl(?:y|ies)|fulfil\w*|answer\w*|do (?:that|this|so)|"
+    r"\A\W*+\Z|\b(?:help|assist|provid\w*|compl(?:y|ies)|fulfil\w*|answer\w*|do (?:that|this|so)|"
     r"shar\w*|creat\w*|discuss\w*|giv\w*|support\w*|continu\w*|engag\w*|generat\w*|writ\w*|offer\w*|"
     r"request)\b",
     re.IGNORECASE,
 )
 _GERMAN_REFUSAL = re.compile(
-    r"^\W*(?:(?:es\s+)?tut mir leid\b[^.!?\n]{0,40}?|leider\s+)?(?:\bich kann\b|\bkann ich\b)"
-    r"[^.!?\n]{0,60}?\bnicht\s+(?:weiter)?(?:helfen|beantworten|bereitstellen|nachkommen|dienen)\b",
+    r"[\W_]*+(?:(?:es\s)?+tut mir leid\b[^.!?\n]{0,40}?|leider\s)?"
+    r"(?<![^\W_])(?:ich kann|kann ich)\b"
+    r"[^.!?\n]{0,60}?\bnicht\s(?:weiter)?(?:helfen|beantworten|bereitstellen|nachkommen|dienen)\b",
     re.IGNORECASE,
 )
 
@@ -97,11 +105,18 @@ class Quantity:
 
 
 def refuses(answer: str) -> bool:
-    """Whether the answer begins by declining to answer."""
-    if _GERMAN_REFUSAL.match(answer):
+    """Whether the answer begins by declining to answer; only its beginning is looked at."""
+    opening = _opening(answer)
+    if _GERMAN_REFUSAL.match(opening):
         return True
-    found = _REFUSAL.match(answer)
+    found = _REFUSAL.match(opening)
     return bool(found and _REFUSED_ACT.search(found["rest"]))
+
+
+def _opening(text: str) -> str:
+    """The first characters, with one space or one line break for every run of spacing."""
+    lines = (" ".join(line.split()) for line in text[:_LOOKED_AT_CHARS].splitlines())
+    return "\n".join(line for line in lines if line)[:_OPENING_CHARS]
 
 
 def options(prompt: str) -> dict[str, str]:

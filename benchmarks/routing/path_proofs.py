@@ -117,7 +117,8 @@ def auto(scorer: Scorer, config: RoutingConfig, engines: InstantEngines) -> Auto
     reference = [number / 100 - 0.5 for number in range(101)]
     router = AutoRouter(online.CARDS, config, scorer, reference, time.monotonic)
     clock = lambda: time.time_ns() // 1000  # noqa: E731
-    return AutoRouting(router, engines.load, lambda base: COLD, online.CARDS, clock)
+    choices = frozenset(card.id for card in online.CARDS)
+    return AutoRouting(router, engines.load, lambda base: COLD, online.CARDS, choices, clock)
 
 
 def fallback(proof: Proof, figures: dict[str, Any]) -> None:

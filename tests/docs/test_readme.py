@@ -69,7 +69,7 @@ def test_shell_blocks(platform: Platform, block: Block) -> None:
         if "curl" in words:
             assert '"choices"' in done.stdout, done.stdout
         elif "one model" in comment:
-            assert len(done.stdout.splitlines()) == 1, done.stdout
+            assert len(done.stdout.splitlines()) == 2, done.stdout
         elif "gatehouse models" in words:
             assert len(done.stdout.splitlines()) > 1, done.stdout
         elif "gatehouse chat" in words and not expected:

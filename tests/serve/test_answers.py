@@ -41,6 +41,18 @@ def test_both_tiers_answer_with_their_own_weights(platform: Platform, model: str
     assert raw.headers["x-gatehouse-engine-version"]
 
 
+@pytest.mark.parametrize("identity", ["marketing-intern", "hr-analyst"])
+def test_auto_chooses_among_what_the_caller_may_use(platform: Platform, identity: str) -> None:
+    raw = platform.openai(identity).chat.completions.with_raw_response.create(
+        model="auto", messages=HELLO, max_tokens=8
+    )
+    model, reason = raw.headers["x-gatehouse-model"], raw.headers["x-gatehouse-route-reason"]
+    assert raw.parse().model == model
+    assert reason.startswith(f"auto:{model} ")
+    if identity == "marketing-intern":
+        assert reason == "auto:small only tier permitted"
+
+
 def test_tiers_have_different_versions(platform: Platform) -> None:
     client = platform.openai("data-scientist")
     versions = {
@@ -169,6 +181,6 @@ def test_identities_see_different_models(platform: Platform) -> None:
         identity: {m.id for m in platform.openai(identity).models.list()}
         for identity in ("marketing-intern", "hr-analyst", "data-scientist")
     }
-    assert seen["marketing-intern"] == {"small"}
-    assert seen["hr-analyst"] == {"small", "large"}
-    assert seen["data-scientist"] == {"small", "large", "vectors"}
+    assert seen["marketing-intern"] == {"auto", "small"}
+    assert seen["hr-analyst"] == {"auto", "small", "large"}
+    assert seen["data-scientist"] == {"auto", "small", "large", "vectors"}

@@ -161,6 +161,12 @@ def test_an_engine_replica_killed_in_mid_stream_is_an_error_and_heals(platform: 
     lines = kill_in_mid_stream(platform, platform.replica("Engine-small"))
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_failed"
     platform.wait_unready()
+    # Who left the choice to the platform is answered meanwhile, and told by which model.
+    raw = platform.openai("hr-analyst").chat.completions.with_raw_response.create(
+        model="auto", messages=[{"role": "user", "content": "hi"}], max_tokens=2
+    )
+    assert raw.headers["x-gatehouse-model"] == "large"
+    assert raw.headers["x-gatehouse-route-reason"] == "auto:large other tier down"
     platform.wait_ready()
     # The other tier never noticed, and the killed one answers again with the same weights.
     for model in ("large", "small"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from routing import final_answer
 from routing.agreement import Agreement, agreement, cosine, words_in_common
@@ -62,6 +65,9 @@ REFUSALS = (
     "Es tut mir leid, ich kann dabei nicht helfen.",
     "Leider kann ich diese Frage nicht beantworten.",
     "I can't.",
+    "_I can't help with this._",
+    "\n\n   I'm   sorry,   but I\u00a0 cannot    help with that.",
+    " " * 1000 + "I cannot help with that.",
 )
 NO_REFUSALS = (
     "18",
@@ -270,6 +276,109 @@ def test_words_in_common() -> None:
 
 def test_agreement_is_in_thousandths_for_the_record() -> None:
     assert Agreement(2 / 3, "words").milli == 667
+
+
+SIZE = 65_536
+"""Characters of an answer that a shadow is made of at most; a request has as many bytes."""
+LIMIT_S = 0.5
+"""For one text: far above what it takes, far below what holds anybody up."""
+
+REFUSAL_PIECES = (
+    "i", "I ", " ", "  ", "\n", "\t", "\u00a0", "_", "*", "-", ",", ", ", "'", "’", ".", "i'm ",
+    "am ", "we are ", "so ", "sorry", "sorry ", "afraid ", "apologize ", "unfortunately", "as a ",
+    "as an x, ", "just ", "can", "can't", "cannot ", "could n't", "unable to ", "decline ",
+    "help ", "provid", "es ", "tut mir leid ", "leider ", "ich kann ", "kann ich ", "nicht ",
+    "nicht helfen", "{", "x",
+)  # fmt: skip
+ANSWER_PIECES = (
+    *REFUSAL_PIECES, "A", "A, ", "A and ", "A.", "(", "[", "Answer ", "answer is ", "option ",
+    "is ", ":", "=", "\\boxed", "\\boxed{", "{", "}", "{a}", "{{a}", "\\frac", "\\frac{", "\\text",
+    "$", "1", "1,", "1,234", "1.", "1e", "-", "%", "/", "####", "result ", "how many ",
+    "what is the ", "9", "**", "`", "*a ", "-*a", "**1.", "a-*a", "é", "ß", "\u0301", "\u0323",
+    "\u0344", "\U0001d15f",
+)  # fmt: skip
+
+SLOW = (
+    "i" + " " * 399,
+    ((" " * 60) + "sorry " + "as a " * 14 + "," + " i" + " " * 400)[:250],
+    "i" + " " * 2000,
+    "{\n" + " " * 6000 + "x",
+    "i" + " " * SIZE,
+    "i" + " \n" * (SIZE // 2),
+    "_" * SIZE + "i",
+    " " * 60 + "sorry " + "as a " * 4000 + "," + " i" + " " * 4000,
+    "sorry " + "as a i " * 9000,
+    "tut mir leid " + "ich kann " * 7000 + "nicht " * 1000,
+    "nicht" + " " * SIZE,
+    "a" + "\u0301" * (SIZE // 2) + "\u0323" * (SIZE // 2),
+    "a" + "\u0301\u0323" * (SIZE // 2),
+    "\u0344\u0323" * (SIZE // 2),
+    "-*a" * 20_000,
+    "**1." * 16_000,
+    "Answer " + "A, " * 20_000 + "a",
+    "Answer" + "(" * SIZE,
+    "\\boxed" + " " * SIZE,
+    "\\boxed{" + "{{a}}" * 12_000,
+    "\\boxed{{{a}" * 6000,
+    ("\\boxed{" + "{" + "{" + "x" * 199 + "}") * 300,
+    "\\frac{" + " " * SIZE,
+    "####" + "\n" * SIZE,
+    "answer:1\n" * 7000,
+    "1,234" * 13_000,
+)
+
+
+def took_s(call: Callable[..., object], *given: object) -> float:
+    """Time of the processor that a call takes."""
+    began_s = time.process_time()
+    call(*given)
+    return time.process_time() - began_s
+
+
+@pytest.mark.parametrize("text", SLOW, ids=[f"{text[:12]!r}" for text in SLOW])
+def test_no_text_is_slow_to_judge(text: str) -> None:
+    assert took_s(final_answer.refuses, text) < LIMIT_S / 10
+    offered = {"A": text[:100], "B": text}
+    for call in (final_answer.letters, final_answer.final_number):
+        assert took_s(call, text, offered) < LIMIT_S
+    for read in (final_answer.boxed, final_answer.options, final_answer.asks_for_number):
+        assert took_s(read, text) < LIMIT_S
+    assert took_s(words_in_common, text, text + "x") < LIMIT_S
+    assert took_s(agreement, OPEN, text, text + "!x") < 2 * LIMIT_S
+    assert took_s(agreement, text, text, "B 18") < 2 * LIMIT_S
+
+
+runs = st.lists(
+    st.tuples(st.sampled_from(REFUSAL_PIECES), st.sampled_from([1, 1, 2, 14, 60, 400, 3000])),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(runs=runs, cut=st.sampled_from([250, 400, SIZE]), repeats=st.sampled_from([1, 1, 30]))
+def test_no_opening_is_slow_to_judge(runs: list[tuple[str, int]], cut: int, repeats: int) -> None:
+    text = ("".join(piece * count for piece, count in runs) * repeats)[:cut]
+    assert took_s(final_answer.refuses, text) < LIMIT_S / 10
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    unit=st.lists(st.sampled_from(ANSWER_PIECES), min_size=1, max_size=4),
+    before=st.lists(st.sampled_from(ANSWER_PIECES), max_size=3),
+    after=st.lists(st.sampled_from(ANSWER_PIECES), max_size=3),
+)
+def test_no_answer_is_slow_to_compare(unit: list[str], before: list[str], after: list[str]) -> None:
+    piece = "".join(unit)
+    text = "".join(before) + piece * (SIZE // len(piece)) + "".join(after)
+    for prompt in (OPEN, CHOICE):
+        assert took_s(agreement, prompt, text, text + "x") < 2 * LIMIT_S
+
+
+def test_long_runs_of_marks_are_compared_as_they_are_and_words_beside_them_in_one_form() -> None:
+    marks = "\u0301\u0323" * 20
+    assert compare(OPEN, f"Cafe\u0301 {marks}", f"Caf\u00e9 {marks}") == (1.0, "exact")
+    assert compare(OPEN, f"x {marks}", f"x {marks[1:]}")[1] == "words"
 
 
 @pytest.mark.parametrize(

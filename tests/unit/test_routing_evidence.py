@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from governance.ports import Draft
 from routing.evidence import (
@@ -100,8 +102,8 @@ def judge(
 @pytest.mark.parametrize(
     ("found", "why"),
     [
-        (evidence(""), Judgement.EMPTY),
-        (evidence(" \n"), Judgement.EMPTY),
+        (evidence("", logprobs=(-0.1,)), Judgement.EMPTY),
+        (evidence(" \n", logprobs=()), Judgement.EMPTY),
         (evidence("I'm sorry, but I can't help with that."), Judgement.REFUSAL),
         (evidence("It goes on", finish="length"), Judgement.LENGTH),
         (evidence("no json", json_mode=True), Judgement.JSON),
@@ -114,6 +116,103 @@ def test_some_answers_are_given_up_at_once(found: Evidence, why: Judgement) -> N
     # What the budget has no room for is kept.
     assert not judge(EscalationGate(0.1), found, left=0.0).escalate
     assert not judge(EscalationGate(0.0), found).escalate
+
+
+def test_an_answer_whose_tokens_are_seen_is_not_empty() -> None:
+    """Reasoning comes without text, and with log-probabilities."""
+    answer = AnswerEvidence()
+    assert not answer.verdict(None).empty, "nothing has come yet"
+    for _ in range(20):
+        answer.feed("", [-0.1])
+    assert not answer.verdict(None).empty
+    assert not answer.verdict("stop").empty
+    assert judge(EscalationGate(0.5), answer.verdict(None)).reason == Judgement.LEARNING
+    assert evidence("", logprobs=()).empty
+    assert evidence("", logprobs=(-0.1,)).empty, "the token that ends an answer has one as well"
+    assert not evidence("", logprobs=(), finish=None).empty
+    assert not evidence("text", logprobs=()).empty
+
+
+REFUSAL = "I cannot help with that"
+FAULTS = (
+    evidence(REFUSAL),
+    evidence("", logprobs=()),
+    evidence("It goes on", finish="length"),
+    evidence("no json", json_mode=True),
+)
+BURST = 8
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.4])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_who_makes_every_answer_bad_gets_no_more_than_the_stated_share(
+    share: float, fault: Evidence
+) -> None:
+    gate = EscalationGate(share)
+    verdicts = [judge(gate, fault) for _ in range(1000)]
+    given_up = sum(verdict.escalate for verdict in verdicts)
+    assert 2 * share * 1000 - 1 <= given_up <= 2 * share * 1000 + BURST
+    kept = [verdict for verdict in verdicts if not verdict.escalate]
+    assert {verdict.reason for verdict in kept} == {Judgement.SHARE_USED}
+    assert {verdict.detail["draft_kept"] for verdict in kept} == {verdicts[0].reason}
+
+
+def ordinary(gate: EscalationGate, rng: random.Random, count: int) -> int:
+    """Judge answers of all kinds of sureness; how many were given up."""
+    return sum(
+        gate.judge(
+            evidence(logprobs=[-2 * rng.random()] * 5), rng.random(), 1.0, cut_asked=False
+        ).escalate
+        for _ in range(count)
+    )
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("logprob", [-0.01, -9.0])
+@pytest.mark.parametrize("attack", [500, 20_000])
+def test_after_a_stream_of_refusals_others_get_their_share_again_soon(
+    share: float, logprob: float, attack: int
+) -> None:
+    gate, rng = EscalationGate(share), random.Random(7)
+    ordinary(gate, rng, 2000)
+    refusal = evidence(REFUSAL, [logprob] * 10)
+    for _ in range(attack):
+        judge(gate, refusal)
+    ordinary(gate, rng, 300)
+    assert ordinary(gate, rng, 1000) / 1000 == pytest.approx(share, abs=0.03)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    share=st.floats(0.001, 0.9),
+    pieces=st.lists(
+        st.tuples(st.sampled_from([*FAULTS, None]), st.floats(-9, 0), st.integers(1, 300)),
+        min_size=1,
+        max_size=8,
+    ),
+    left=st.floats(0, 1),
+    rng=st.randoms(use_true_random=False),
+)
+def test_no_order_of_answers_gets_more_than_twice_the_share(
+    share: float,
+    pieces: list[tuple[Evidence | None, float, int]],
+    left: float,
+    rng: random.Random,
+) -> None:
+    gate, given_up, unsure = EscalationGate(share), [0.0], 0
+    for fault, logprob, count in pieces:
+        found = fault or evidence(logprobs=[logprob])
+        for _ in range(count):
+            verdict = gate.judge(found, rng.random(), left, cut_asked=False)
+            given_up.append(given_up[-1] + verdict.escalate)
+            unsure += verdict.reason == Judgement.UNSURE
+    # Of any answers in a row: the sum since the point where it was furthest below its bound.
+    lowest = math.inf
+    for number, total in enumerate(given_up):
+        over = total - 2 * share * left * number
+        lowest = min(lowest, over)
+        assert over - lowest <= BURST + 1e-6
+    assert unsure <= share * left * (len(given_up) - 1 + 128) + 2
 
 
 def test_a_cut_that_was_asked_for_says_nothing() -> None:
@@ -164,6 +263,13 @@ def test_a_draft_is_what_the_gateway_expects() -> None:
     broken: Draft = CascadeDraft(EscalationGate(0.5), 64, 0.5, 1.0, json_mode=True, cut_asked=False)
     broken.feed("Well,", [-0.1])
     assert broken.verdict("stop").reason == "json"
+
+
+@pytest.mark.parametrize("text", ["i" + " " * 399, " " * 60 + "sorry " + "as a " * 14 + ", i" * 99])
+def test_a_hostile_beginning_does_not_hold_the_event_loop(text: str) -> None:
+    began_s = time.process_time()
+    evidence(text)
+    assert time.process_time() - began_s < 0.05
 
 
 def test_a_verdict_takes_no_time_to_speak_of() -> None:

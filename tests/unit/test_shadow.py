@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 
 from deployments.routing.scoring import BUILT_IN
 from deployments.routing.shadow import encoder_similarity
-from governance import dispatching, shadow
+from governance import dispatching, shadow, shadow_exchange
 from governance.audit.content import open_cell, unpack_cell
 from governance.audit.frames import FrameType
 from governance.audit.keystore import FileKeystore, KeyScope
@@ -159,8 +161,7 @@ def ended(number: int = 1, **more: Any) -> Turn:
             "auto:small gain below threshold",
             True,
             (LARGE,),
-            None,
-            {"gain_milli": 120, "threshold_milli": 150},
+            detail={"gain_milli": 120, "threshold_milli": 150},
         ),
         "decided_event_id": f"event-of-{number}",
         "usage": Usage(3, 2),
@@ -169,6 +170,11 @@ def ended(number: int = 1, **more: Any) -> Turn:
         **more,
     }
     return Turn(f"req_{number}", f"dec_{number}", 1, Operation.CHAT, **values)
+
+
+def said(text: str) -> bytes:
+    """A small answer, as it was released."""
+    return sse({"choices": [{"index": 0, "delta": {"content": text}}]})
 
 
 class Rig:
@@ -230,7 +236,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_small_answer_is_compared_with_the_large_one() -> None:
     async with running(Rig()) as rig:
-        rig.runner.offer(ended(), "good morning!")
+        rig.runner.offer(ended(), said("good morning!"))
         await rig.settled(1)
     (event,) = rig.log.events
     assert rig.detail == {
@@ -254,7 +260,7 @@ async def test_a_small_answer_is_compared_with_the_large_one() -> None:
 
 async def test_the_run_is_a_request_of_its_own_in_the_books() -> None:
     async with running(Rig()) as rig:
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert rig.audit.kinds == ["decided", "completed"]
     turn = rig.audit.entries[-1][1]
@@ -273,7 +279,7 @@ async def test_the_run_is_a_request_of_its_own_in_the_books() -> None:
 
 async def test_the_engine_serves_it_after_everybody_else_and_apart_from_other_departments() -> None:
     async with running(Rig()) as rig:
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     (dispatch,) = rig.engine.dispatched
     body = json.loads(dispatch.body)
@@ -287,14 +293,14 @@ async def test_the_engine_serves_it_after_everybody_else_and_apart_from_other_de
 async def test_the_caller_needs_no_valid_token_but_the_right_to_use_the_model() -> None:
     async with running(Rig()) as rig:
         expired = replace(principal(), expires_at_us=1)
-        rig.runner.offer(ended(principal=expired, input_inspection=Inspection("x")), "no")
+        rig.runner.offer(ended(principal=expired, input_inspection=Inspection("x")), said("no"))
         await rig.settled(1)
         assert rig.stats.compared == 1
         assert rig.policy.asked == [(expired, LARGE, "chat", Inspection("x"))]
         for effect in Effect:
             if effect is not Effect.ALLOW:
                 rig.policy.effect = effect
-                rig.runner.offer(ended(2), "no")
+                rig.runner.offer(ended(2), said("no"))
         await rig.settled(5)
     assert rig.stats.dropped == {"not_permitted": 4, "stopped": 0}
     assert len(rig.engine.dispatched) == len(rig.ledger.asks) == 1
@@ -327,9 +333,10 @@ async def test_the_caller_needs_no_valid_token_but_the_right_to_use_the_model() 
 )
 async def test_what_cannot_be_compared_is_not_taken(turn: Turn, why: str) -> None:
     async with running(Rig()) as rig:
-        rig.runner.offer(turn, "no")
+        rig.runner.offer(turn, said("no"))
         assert rig.stats.dropped == {why: 1}
-        rig.runner.offer(ended(), "x" * (1 << 17))
+        rig.runner.offer(ended(), said("x" * (1 << 17)))
+        await rig.settled(2)
         assert rig.stats.dropped["too_large"] == 1 + (why == "too_large")
     assert not rig.engine.dispatched
 
@@ -353,7 +360,7 @@ async def test_an_offer_never_raises_whatever_it_is_given() -> None:
     async with running(Rig()) as rig:
         broken = ended()
         broken.route = "nonsense"  # type: ignore[assignment]
-        rig.runner.offer(broken, "x")
+        rig.runner.offer(broken, b"")
         rig.runner.offer(ended(), None)  # type: ignore[arg-type]
         await rig.settled(2)
     assert rig.stats.dropped["broken"] == 2
@@ -374,7 +381,7 @@ def test_idle() -> None:
 async def test_nothing_runs_while_the_large_model_works_for_others() -> None:
     async with running(Rig()) as rig:
         rig.engine.busy = lambda: replace(IDLE, running=5)
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await asyncio.sleep(0.03)
         assert not rig.engine.dispatched
         assert not rig.ledger.asks
@@ -386,7 +393,7 @@ async def test_nothing_runs_while_the_large_model_works_for_others() -> None:
 async def test_what_waited_too_long_is_dropped() -> None:
     async with running(Rig()) as rig:
         rig.engine.busy = lambda: replace(IDLE, waiting=1)
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await asyncio.sleep(0.01)
         rig.now_s += shadow.STALE_S + 1
         await rig.settled(1)
@@ -398,7 +405,7 @@ async def test_it_gives_way_in_mid_answer_and_its_end_is_on_record() -> None:
     rig = Rig(Engine(("a", "b", "c")))
     rig.engine.busy = lambda: replace(IDLE, waiting=int(bool(rig.engine.dispatched)))
     async with running(rig):
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert rig.stats.dropped["gave_way"] == 1
     assert rig.engine.closed == 1
@@ -411,7 +418,7 @@ async def test_it_gives_way_in_mid_answer_and_its_end_is_on_record() -> None:
 async def test_a_flood_of_offers_is_bounded_in_memory_and_in_runs() -> None:
     async with running(Rig(max_per_minute=3)) as rig:
         for number in range(2000):
-            rig.runner.offer(ended(number), "no")
+            rig.runner.offer(ended(number), said("no"))
         assert len(rig.runner._queue) == shadow.MAX_QUEUED
         await until(lambda: rig.stats.compared == 3)
         await asyncio.sleep(0.02)
@@ -427,7 +434,7 @@ async def test_a_flood_of_offers_is_bounded_in_memory_and_in_runs() -> None:
 
 async def test_none_a_minute_is_none() -> None:
     async with running(Rig(max_per_minute=0)) as rig:
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await asyncio.sleep(0.01)
     assert not rig.engine.dispatched
 
@@ -442,7 +449,7 @@ async def test_an_account_without_means_leaves_no_record_and_is_not_asked_again_
     async with running(Rig()) as rig:
         rig.ledger.refuse = refusal
         for number in range(3):
-            rig.runner.offer(ended(number), "no")
+            rig.runner.offer(ended(number), said("no"))
         await rig.settled(1)
         await asyncio.sleep(0.02)
         assert len(rig.ledger.asks) == 1
@@ -457,7 +464,7 @@ async def test_an_account_without_means_leaves_no_record_and_is_not_asked_again_
 async def test_an_account_that_ends_in_mid_answer_ends_the_run() -> None:
     async with running(Rig(Engine(("a", "b", "c")))) as rig:
         rig.ledger.left = 1
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert rig.stats.dropped["budget_exhausted"] == 1
     assert rig.audit.kinds == ["decided", "completed"]
@@ -467,7 +474,7 @@ async def test_an_account_that_ends_in_mid_answer_ends_the_run() -> None:
 
 async def test_without_an_audit_trail_no_engine_sees_it_and_the_hold_goes_back() -> None:
     async with running(Rig(audit=RecordingAudit(refuse=AuditUnavailable()))) as rig:
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert rig.stats.dropped[AuditUnavailable.code] == 1
     assert rig.engine.dispatched == []
@@ -488,12 +495,12 @@ async def test_an_engine_that_dies_is_on_record_and_the_next_one_waits(
     failure: Any, fail_at: int | None, outcome: Outcome, rests: bool
 ) -> None:
     async with running(Rig(Engine(fail_at=fail_at, failure=failure))) as rig:
-        rig.runner.offer(ended(1), "no")
+        rig.runner.offer(ended(1), said("no"))
         await rig.settled(1)
         assert rig.audit.kinds == ["decided", "completed"]
         assert rig.audit.entries[-1][1].outcome is outcome
         rig.engine.failure = None
-        rig.runner.offer(ended(2), "no")
+        rig.runner.offer(ended(2), said("no"))
         await asyncio.sleep(0.03)
         assert (rig.stats.compared == 0) is rests
         rig.now_s += shadow.PAUSE_S + 1
@@ -503,7 +510,7 @@ async def test_an_engine_that_dies_is_on_record_and_the_next_one_waits(
 async def test_a_run_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shadow, "RUN_S", 0.02)
     async with running(Rig(Engine(hang_at=1))) as rig:
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert rig.stats.dropped["timeout"] == 1
     assert rig.audit.kinds == ["decided", "completed"]
@@ -513,7 +520,7 @@ async def test_a_run_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_a_comparison_that_cannot_be_recorded_is_dropped() -> None:
     async with running(Rig()) as rig:
         rig.log.refuse = AuditUnavailable()
-        rig.runner.offer(ended(), "no")
+        rig.runner.offer(ended(), said("no"))
         await rig.settled(1)
     assert (rig.stats.compared, rig.stats.dropped[AuditUnavailable.code]) == (0, 1)
 
@@ -523,14 +530,12 @@ async def test_a_broken_encoder_leaves_words_in_common() -> None:
         raise RuntimeError(SECRET)
 
     async with running(Rig(similarity=broken)) as rig:
-        rig.runner.offer(ended(), "something else")
+        rig.runner.offer(ended(), said("something else"))
         await rig.settled(1)
     assert rig.detail["method"] == "words"
 
 
 async def test_similarity_does_not_hold_the_event_loop() -> None:
-    import threading
-
     threads = []
 
     def similarity(one: str, other: str) -> float:
@@ -538,21 +543,49 @@ async def test_similarity_does_not_hold_the_event_loop() -> None:
         return 0.25
 
     async with running(Rig(similarity=similarity)) as rig:
-        rig.runner.offer(ended(), "something else")
+        rig.runner.offer(ended(), said("something else"))
         await rig.settled(1)
     assert (rig.detail["method"], rig.detail["agreement_milli"]) == ("cosine", 250)
     assert threads[0] is not threading.main_thread()
 
 
+async def test_a_comparison_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow, "COMPARE_S", 0.02)
+    over = threading.Event()
+
+    def similarity(one: str, other: str) -> float:
+        over.wait(5)
+        return 0.5
+
+    async with running(Rig(similarity=similarity)) as rig:
+        rig.runner.offer(ended(), said("something else"))
+        await rig.settled(1)
+        over.set()
+    assert (rig.stats.compared, rig.stats.dropped["timeout"]) == (0, 1)
+    assert rig.audit.kinds == ["decided", "completed"]
+
+
+async def test_hostile_answers_are_compared_soon() -> None:
+    hostile = ("i" + " " * 20_000, "a" + "\u0301" * 30_000 + "\u0323" * 30_000)
+    for text in hostile:
+        async with running(Rig(Engine((text, "x")))) as rig:
+            began_s = time.process_time()
+            rig.runner.offer(ended(), said(text))
+            await rig.settled(1)
+            assert time.process_time() - began_s < 2
+        assert rig.stats.compared == 1
+
+
 # -- the end --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("raw", [b"", said("no")], ids=["nothing to read", "text"])
 @pytest.mark.parametrize("steps", range(12))
-async def test_whenever_it_is_stopped_what_was_decided_has_one_end(steps: int) -> None:
+async def test_whenever_it_is_stopped_what_was_decided_has_one_end(steps: int, raw: bytes) -> None:
     rig = Rig(Engine(("a", "b", "c"), delay_s=0))
     rig.runner.start()
     for number in range(3):
-        rig.runner.offer(ended(number), "no")
+        rig.runner.offer(ended(number), raw)
     for _ in range(steps):
         await asyncio.sleep(0)
     await rig.runner.close()
@@ -564,7 +597,7 @@ async def test_whenever_it_is_stopped_what_was_decided_has_one_end(steps: int) -
     answered = sum(turn.outcome is Outcome.COMPLETED for turn in completed)
     assert rig.stats.compared == len(rig.log.events) == answered
     assert rig.stats.sampled == rig.stats.compared + rig.stats.dropped.total()
-    rig.runner.offer(ended(9), "no")
+    rig.runner.offer(ended(9), said("no"))
     assert rig.runner.start() is None
     assert len(rig.runner._queue) == 0
     await rig.runner.close()
@@ -572,7 +605,7 @@ async def test_whenever_it_is_stopped_what_was_decided_has_one_end(steps: int) -
 
 async def test_a_worker_that_is_not_started_takes_offers_and_nothing_happens() -> None:
     rig = Rig()
-    rig.runner.offer(ended(), "no")
+    rig.runner.offer(ended(), said("no"))
     await asyncio.sleep(0.01)
     assert not rig.engine.dispatched
     await rig.runner.close()
@@ -591,10 +624,10 @@ async def test_content_is_encrypted_under_the_callers_key_and_nowhere_else(
     audit = TurnAudit(writer, keys, now_us)
     engine = Engine(("the-secret", "-of-the-answer", "."))
     async with running(Rig(engine, audit=audit, shadow_log=audit)) as rig:
-        rig.runner.offer(ended(decided_event_id="01J" + "0" * 23), "the-secret-of-the-small")
+        rig.runner.offer(ended(decided_event_id="01J" + "0" * 23), said("the-secret-of-the-small"))
         await rig.settled(1)
         engine.failure, engine.fail_at = RuntimeError(SECRET), 1
-        rig.runner.offer(ended(2), "the-secret-of-the-small")
+        rig.runner.offer(ended(2), said("the-secret-of-the-small"))
         await rig.settled(2)
     await audit.close()
     await writer.close()
@@ -637,7 +670,7 @@ def test_text_of_an_answer() -> None:
 # -- listening at the trail -----------------------------------------------------------------------
 
 
-PIECE = sse({"choices": [{"index": 0, "delta": {"content": "Good"}}]})
+PIECE = said("Good")
 
 
 async def through(tap: ShadowTap, turn: Turn, *pieces: bytes) -> None:
@@ -692,11 +725,80 @@ async def test_the_trail_is_what_it_was_without_listening() -> None:
     assert tap._gathered == {}
 
     tap = ShadowTap(RecordingAudit(), rig.runner)
-    await through(tap, ended(), b"data: {not json\n\n")
-    assert rig.stats.offered == 0
     await through(tap, ended(2), *[PIECE * 100] * 1000)
     assert rig.stats.offered == 0, "an answer that was not gathered whole is not compared"
     assert tap._gathered == {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"request": replace(request(), choices=2)},
+        {"request": request(tools=[{"type": "function"}])},
+        {"request": replace(request(), body_bytes=shadow.MAX_REQUEST_BYTES + 1)},
+        {"request": None},
+        {"route": Route(SMALL, "auto:small", True, ())},
+        {"route": Route(SMALL, "named", False, (LARGE,))},
+        {"route": "nonsense"},
+        {"earlier": ("something",)},
+    ],
+)
+async def test_what_would_not_be_offered_is_not_gathered(fields: dict[str, Any]) -> None:
+    rig = Rig()
+    tap = ShadowTap(RecordingAudit(), rig.runner)
+    turn = ended(**fields)
+    await tap.decided(turn)
+    tap.output(turn, PIECE)
+    assert tap._gathered == {}
+    await rig.runner.close()
+    await tap.decided(ended())
+    assert tap._gathered == {}, "nor once it is over"
+
+
+async def test_an_answer_is_read_in_a_thread_and_no_end_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def read(operation: Operation, data: bytes) -> str:
+        threads.append(threading.current_thread())
+        return answer_text(operation, data)
+
+    monkeypatch.setattr(shadow_exchange, "answer_text", read)
+    rig = Rig()
+    tap = ShadowTap(RecordingAudit(), rig.runner)
+    await through(tap, ended(), PIECE, PIECE)
+    await asyncio.sleep(0.01)
+    assert not threads, "nothing is read on the way of a request"
+    rig.engine.busy = lambda: replace(IDLE, running=5)
+    async with running(rig):
+        await until(lambda: not rig.runner._queue[0].raw)
+        assert rig.runner._queue[0].answer == "GoodGood"
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+async def test_an_answer_that_cannot_be_read_is_dropped_and_the_next_one_does_not_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running(Rig()) as rig:
+        tap = ShadowTap(RecordingAudit(), rig.runner)
+        await through(tap, ended(), b'data: {"' + SECRET.encode() + b"\n\n")
+        await through(tap, ended(2), PIECE)
+        await rig.settled(2)
+    assert (rig.stats.dropped["broken"], rig.stats.compared) == (1, 1)
+    assert SECRET not in caplog.text
+    assert len(rig.engine.dispatched) == 1
+
+
+async def test_answers_that_wait_to_be_read_are_bounded_in_bytes() -> None:
+    rig = Rig()
+    half = said("x" * (shadow.MAX_QUEUED_BYTES // 2 - 1000))
+    for number in range(3):
+        rig.runner.offer(ended(number), half)
+    assert len(rig.runner._queue) == 2
+    assert rig.stats.dropped == {"queue_full": 1}
+    await rig.runner.close()
 
 
 def test_texts_are_compared_by_the_encoder_of_the_artefact() -> None:
