@@ -46,6 +46,9 @@ prove-meter: install-dev ## measure the goals of metering, ledger and audit, one
 prove-route: install-dev ## measure the goals of routing, one line each
 	@exec $(BIN)/python -m benchmarks.prove_route $(if $(TRACES),--data $(TRACES)) $(if $(WORK),--work $(WORK))
 
+retrain-router: install-dev ## fit the scorer to your own outcomes, behind a gate; DATA=folder, OUT=folder
+	@exec $(BIN)/python -m routing.retrain --data $(or $(DATA),$(error give DATA=folder of outcome files)) --out $(or $(OUT),build/routing/scorer) $(ARGS)
+
 bench-%: install-dev ## run one benchmark, such as bench-data_plane
 	@exec $(BIN)/python -m benchmarks.$*.run
 

@@ -408,7 +408,7 @@ def described(checked: Artefact, prompts: Sequence[str]) -> bytes:
         cluster.append(scores.cluster)
         similarity.append(scores.similarity)
         print(f"reference {start + len(scores.gain)}/{len(prompts)}", file=sys.stderr, flush=True)
-    found = drift.reference(
+    found = drift.reference_of(
         np.concatenate(gain),
         np.concatenate(cluster),
         np.concatenate(similarity),

@@ -88,7 +88,7 @@ class Drift:
     least `MOVED`; measure the scorer on outcomes of one's own, and retrain it."""
 
 
-def reference(
+def reference_of(
     gain: npt.ArrayLike, clusters: npt.ArrayLike, similarities: npt.ArrayLike, centres: int
 ) -> Reference:
     """Describe the training prompts.
@@ -117,13 +117,13 @@ def reference(
     )
 
 
-def drift(clusters: npt.ArrayLike, similarities: npt.ArrayLike, known: Reference) -> Drift:
+def drift(clusters: npt.ArrayLike, similarities: npt.ArrayLike, reference: Reference) -> Drift:
     """Compare recent prompts with the reference.
 
     Args:
         clusters: ``Scores.cluster`` of each prompt.
         similarities: ``Scores.similarity`` of each, -1 to 1; as many.
-        known: The reference of the very scorer that gave both.
+        reference: That of the very scorer that gave both.
 
     Returns:
         Indices and verdict; the same input gives the same result.
@@ -132,15 +132,15 @@ def drift(clusters: npt.ArrayLike, similarities: npt.ArrayLike, known: Reference
         ValueError: Lengths differ, a centre does not exist, or a similarity is not finite.
 
     """
-    which, near = _checked(clusters, similarities, len(known.cluster_share))
+    which, near = _checked(clusters, similarities, len(reference.cluster_share))
     prompts = len(which)
     if prompts == 0:
         nothing = float("nan")
         return Drift(nothing, nothing, nothing, 0, "too_few")
-    counts = np.bincount(which, minlength=len(known.cluster_share))
-    one, by_chance, sure_one = _against_chance(counts, known.cluster_share)
-    binned = _histogram(near, known.similarity_edges)
-    two, beside, sure_two = _against_chance(binned, known.similarity_share)
+    counts = np.bincount(which, minlength=len(reference.cluster_share))
+    one, by_chance, sure_one = _against_chance(counts, reference.cluster_share)
+    binned = _histogram(near, reference.similarity_edges)
+    two, beside, sure_two = _against_chance(binned, reference.similarity_share)
     beyond = max(one - by_chance if sure_one else 0.0, two - beside if sure_two else 0.0)
     verdict: Verdict = "moved" if beyond >= MOVED else "moving" if beyond >= MOVING else "stable"
     return Drift(one, two, by_chance, prompts, "too_few" if prompts < LEAST_PROMPTS else verdict)

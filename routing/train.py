@@ -11,7 +11,8 @@
 3. The estimate: everything is fitted on the first part, members are weighed on the second, and the
    last two are scored once.
 4. The artefact: the same with all rows. Weights of members and trust come from the estimate, since
-   nothing is left to fit them on.
+   nothing is left to fit them on. Both are then shown their own training prompts, whose
+   distribution they carry (`routing.drift`).
 
 Training resumes: the fine-tuning writes a checkpoint every epoch into ``--work``. Progress goes to
 stderr, the figures as JSON to ``WORK/estimate.json``. Needs PyTorch, onnx and the pretrained

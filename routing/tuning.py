@@ -20,6 +20,7 @@ I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -310,7 +311,7 @@ def tune(
     checkpoint: Path,
     after_epoch: Callable[[int, Scorer], None] | None = None,
 ) -> Scorer:
-    """Fine-tune; continues from ``checkpoint`` where there is one of the same settings.
+    """Fine-tune; continues from ``checkpoint`` where it is of the same settings and questions.
 
     Args:
         base: Parameters of the pretrained encoder, under their names in its checkpoint.
@@ -333,7 +334,8 @@ def tune(
         return min((step + 1) / warm, max(0.0, (total - step) / (total - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    done = _resume(checkpoint, settings, model, optimiser, schedule)
+    of = fingerprint(questions, pair_weight, settings)
+    done = _resume(checkpoint, of, model, optimiser, schedule)
     if done < settings.epochs:
         print("frozen layers, once for every question", file=sys.stderr, flush=True)
         states = model.trunk(questions.tokens)
@@ -369,7 +371,7 @@ def tune(
                     file=sys.stderr,
                     flush=True,
                 )
-        _save(checkpoint, settings, epoch + 1, model, optimiser, schedule)
+        _save(checkpoint, of, epoch + 1, model, optimiser, schedule)
         if after_epoch is not None:
             after_epoch(epoch + 1, model)
     return model.eval()
@@ -432,14 +434,27 @@ def _groups(model: Scorer, settings: Settings) -> list[dict[str, Any]]:
     return groups
 
 
-def _save(
-    path: Path, settings: Settings, done: int, model: Scorer, optimiser: Any, schedule: Any
-) -> None:
+def fingerprint(questions: Questions, pair_weight: Floats, settings: Settings) -> str:
+    """Names material and settings: a checkpoint of others is not gone on from."""
+    found = hashlib.sha256(repr((settings, questions.tokens)).encode())
+    for values in (
+        questions.hand,
+        questions.weak,
+        questions.strong,
+        questions.aux_small,
+        questions.aux_large,
+        pair_weight,
+    ):
+        found.update(np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()
+
+
+def _save(path: Path, of: str, done: int, model: Scorer, optimiser: Any, schedule: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(
         {
-            "settings": repr(settings),
+            "of": of,
             "done": done,
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
@@ -451,13 +466,13 @@ def _save(
     partial.replace(path)
 
 
-def _resume(path: Path, settings: Settings, model: Scorer, optimiser: Any, schedule: Any) -> int:
+def _resume(path: Path, of: str, model: Scorer, optimiser: Any, schedule: Any) -> int:
     """Epochs already done according to the checkpoint; 0 where there is none that fits."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    if state["settings"] != repr(settings):
-        print(f"{path}: of other settings, starting anew", file=sys.stderr)
+    if state.get("of") != of:
+        print(f"{path}: of other settings or questions, starting anew", file=sys.stderr)
         return 0
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])

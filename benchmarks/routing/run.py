@@ -2,8 +2,9 @@
 
 Cost: wall and CPU time of scoring one prompt of 32 and of 128 tokens on one thread, everything
 included (features, tokens, encoder, heads), and prompts a second in calls of 8 and of 32. Goal:
-p50 at most 10 ms and p99 at most 30 ms for 128 tokens on one idle core; the CPU time is the figure
-to trust where the machine is not idle.
+p50 at most 10 ms and p99 at most 30 ms for 128 tokens on one idle core. Where the machine is not
+idle, the time on the clock is that of the other work too, and the goal is judged by the CPU time;
+the figures say which it was.
 
 Gain: with ``--outcomes FILE`` (as for ``python -m routing.evaluate``), the mean score against the
 share of strong calls, for the scorer and what it is compared with, as JSON and as a picture. Give
@@ -34,6 +35,8 @@ from routing.evaluate import ARTEFACT, LEAST_ROWS, word_counts
 
 RESULTS = Path(__file__).parent / "results"
 GOAL_P50_MS, GOAL_P99_MS = 10.0, 30.0
+IDLE_LOAD = 0.5
+"""Load average of the last minute below which a machine counts as idle."""
 TEXT = (
     "A train leaves the station at 9:15 and travels 240 km at an average speed of 80 km/h. "
     "It waits 20 minutes at a junction, then returns on a line that is 30 km shorter. "
@@ -181,17 +184,19 @@ def main() -> int:
     if not given.skip_cost:
         cost = {
             **facts,
+            "judged_by": "wall" if facts["load_average"] < IDLE_LOAD else "cpu",
             "latency": [latency(scorer, tokens, given.rounds) for tokens in (32, 128)],
             "throughput": [throughput(scorer, size, given.seconds) for size in (8, 32)],
         }
         (RESULTS / "cost.json").write_text(json.dumps(cost, indent=1) + "\n")
         for line in cost["latency"] + cost["throughput"]:
             print(json.dumps(line))
-        p50, p99 = cost["latency"][-1]["wall_p50_ms"], cost["latency"][-1]["wall_p99_ms"]
+        found = cost["latency"][-1]
+        p50, p99 = found[f"{cost['judged_by']}_p50_ms"], found[f"{cost['judged_by']}_p99_ms"]
         verdict = "holds" if p50 <= GOAL_P50_MS and p99 <= GOAL_P99_MS else "does not hold"
         print(
-            f"128 tokens: p50 {p50} ms (goal {GOAL_P50_MS}), p99 {p99} ms (goal {GOAL_P99_MS}): "
-            f"{verdict}"
+            f"128 tokens, {cost['judged_by']} time: p50 {p50} ms (goal {GOAL_P50_MS}), p99 {p99} "
+            f"ms (goal {GOAL_P99_MS}): {verdict}"
         )
     if given.outcomes:
         found = [one for path in given.outcomes for one in curves(scorer, read(path))]

@@ -13,7 +13,7 @@ from routing.drift import (
     Drift,
     Reference,
     drift,
-    reference,
+    reference_of,
     stability_index,
 )
 from routing.evaluate import ARTEFACT
@@ -36,7 +36,7 @@ def population(seed: int, prompts: int, *, moved: float = 0.0) -> tuple[np.ndarr
 @pytest.fixture(scope="module")
 def known() -> Reference:
     clusters, similarities = population(1, 20_000)
-    return reference(np.linspace(-0.1, 0.4, 20_000), clusters, similarities, CENTRES)
+    return reference_of(np.linspace(-0.1, 0.4, 20_000), clusters, similarities, CENTRES)
 
 
 def test_the_index_by_hand() -> None:
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(known: Reference) -> None:
     with pytest.raises(ValueError, match="not finite"):
         drift([1], [float("nan")], known)
     with pytest.raises(ValueError, match="at least one is needed"):
-        reference([], [], [], 4)
+        reference_of([], [], [], 4)
 
 
 def test_the_reference_describes_its_prompts(known: Reference) -> None:

@@ -43,6 +43,35 @@ def test_ridge_learns_what_pairs_share_and_what_is_their_own() -> None:
     assert min(head.weight[:2, 1]) < head.weight[2, 1] < max(head.weight[:2, 1])
 
 
+def test_ridge_adds_to_where_it_starts() -> None:
+    inputs, gain, _ = planted()
+    pair, weight = np.zeros(len(gain), dtype=np.int64), np.ones(len(gain))
+    free = fitting.ridge(inputs, gain, pair, 1, weight, strength=1e-6)
+    held = fitting.ridge(inputs, gain, pair, 1, weight, strength=1e9, start=free.weight)
+    moved = fitting.ridge(inputs, gain, pair, 1, weight, strength=1e-6, start=free.weight + 1)
+
+    assert held.weight == pytest.approx(free.weight, abs=1e-4)
+    assert moved.weight == pytest.approx(free.weight, abs=1e-3)
+
+
+def test_calibration_finds_slope_and_offset_and_few_rows_change_little() -> None:
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 2, 20_000)
+    came = (rng.random(20_000) < 1 / (1 + np.exp(-(0.5 * logits - 1)))).astype(float)
+
+    assert fitting.platt(logits, came, 40) == pytest.approx((0.5, -1), abs=0.05)
+    assert fitting.platt(logits[:3], came[:3], 1e6) == pytest.approx((1, 0), abs=1e-3)
+    assert fitting.platt(logits[:0], came[:0], 40) == pytest.approx((1, 0))
+    # An order is never turned round.
+    assert fitting.platt(logits, 1 - came, 40)[0] == pytest.approx(0.05)
+
+
+def test_members_that_say_nothing_weigh_the_same() -> None:
+    slopes = fitting.combination(np.zeros((9, 3), dtype=np.float32), np.ones(9), np.ones(9), 300)
+
+    assert slopes == pytest.approx([1 / 3] * 3)
+
+
 def test_trees_find_the_step_and_score_new_rows() -> None:
     inputs, gain, pair = planted()
     how = fitting.Boosting(trees=80, depth=3, rate=0.2, least_leaf=20, shrink=1, inputs=1.0)

@@ -237,6 +237,17 @@ def test_a_folder_that_is_no_artefact_is_not_overwritten(
     assert "is no artefact" in capsys.readouterr().err
 
 
+def test_a_work_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "work").write_text("a file")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert stopped.value.code == 2
+    assert f"{tmp_path / 'work'}: cannot be made" in capsys.readouterr().err
+
+
 def test_missing_packages_of_the_whole_fit_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
