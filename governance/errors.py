@@ -26,6 +26,7 @@
     │   ├── TooManyParallel             429     too_many_parallel_requests
     │   ├── BudgetExhausted             429     budget_exhausted
     │   └── Overloaded                  429     overloaded
+    │       └── DepartmentShareTaken    429     department_share_taken
     ├── ClientClosed                    499     client_closed_request
     ├── InternalError                   500     internal_error
     │   └── EngineFailed                500     engine_failed

@@ -31,6 +31,8 @@ class RouteCounts:
         self._superseded = registry.counter(names.SUPERSEDED)
         for model in models:
             self._superseded.reach(0, (model, CASCADE))
+        # Exported as 0 also where nothing is compared: no series could as well be a broken one.
+        registry.counter(names.SHADOWS).reach(0, ("compared",))
 
     def ended(self, turn: Turn, department: str) -> None:
         """A request has ended."""

@@ -280,7 +280,7 @@ def test_agreement_is_in_thousandths_for_the_record() -> None:
 
 SIZE = 65_536
 """Characters of an answer that a shadow is made of at most; a request has as many bytes."""
-LIMIT_S = 0.5
+LIMIT_S = 2.0
 """For one text: far above what it takes, far below what holds anybody up."""
 
 REFUSAL_PIECES = (
