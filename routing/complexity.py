@@ -16,8 +16,8 @@ routing by load and cost. The shrinkage was fitted on sources that were left out
 score is not: a judgement about answers (it sees prompts only), or valid for models whose strengths
 differ from those of the pair.
 
-A score is a pure function of the prompt and the artefact; it does not depend on other prompts of
-the batch.
+A score is a pure function of the prompt and the artefact; other prompts of the batch change nothing
+but its last bits, by the order in which floats are summed.
 """
 
 from __future__ import annotations

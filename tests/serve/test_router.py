@@ -57,7 +57,10 @@ async def test_scores_are_those_of_the_scorer_itself(handle: Any, facts: ScorerF
     here = open_scorer(facts, threads=1, gpu=False)
     scorer = RemoteScorer(handle.score.remote, TIMEOUT_MS)
     found = await asyncio.gather(*(scorer.score(prompt) for prompt in PROMPTS))
-    assert found == here([shortened(prompt) for prompt in PROMPTS]), "whoever else is in the batch"
+    expected = here([shortened(prompt) for prompt in PROMPTS])
+    for one, other in zip(found, expected, strict=True):
+        # Whoever else is in the batch, which moves the last bits of a float.
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), abs=1e-5)
 
 
 async def test_many_at_once_are_all_answered_or_told_at_once(handle: Any) -> None:
