@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -32,6 +31,7 @@ from governance.errors import (
 from governance.fallback import Fallbacks
 from governance.inspection.walker import walk
 from governance.nulls import NullObserver
+from governance.outlet import Outlet, finish_reason
 from governance.ports import (
     AuditLog,
     Authenticator,
@@ -69,11 +69,6 @@ _UNOBSERVED = NullObserver()
 
 _OF_ITS_OWN = frozenset({400, 403, 404, 413, 415})
 """Statuses of refusals for what a request says; those for want of room are not its fault."""
-
-_FINISH = b'"finish_reason":"'
-"""Marks the chunk that ends a choice. Inside generated text the quotes are escaped, so text
-cannot imitate it."""
-_REASON = re.compile(rb'"finish_reason":"([a-z_]+)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +335,7 @@ class Gateway:
         that until then another model can answer, or an error be told as one.
         """
         inspection = self.inspector.open_output(turn)
-        outlet = _Outlet(request.choices)
+        outlet = Outlet(request.choices)
         finished: EngineFinished | None = None
         async with aclosing(self.engine.stream(dispatch)) as events:
             async for event in events:
@@ -381,7 +376,7 @@ class Gateway:
         if not turn.first_chunk_us:
             turn.first_chunk_us = self.clock()
             yield Accepted(request, turn)
-        turn.finish_reason = _finish_reason(tail)
+        turn.finish_reason = finish_reason(tail)
         turn.sent_bytes += len(tail)
         self.audit.output(turn, tail)
         turn.outcome, turn.status = Outcome.COMPLETED, 200
@@ -389,7 +384,7 @@ class Gateway:
         yield Answer(tail, finished)
 
     def _judge(
-        self, turn: Turn, reader: DraftReader, inspection: OutputInspection, outlet: _Outlet
+        self, turn: Turn, reader: DraftReader, inspection: OutputInspection, outlet: Outlet
     ) -> None:
         """Keep the answer that was held back, or record it and leave it to the next model."""
         try:
@@ -420,41 +415,3 @@ class Gateway:
     async def drain(self) -> None:
         """Wait for all turns that are being settled and recorded."""
         await self._closer.drain()
-
-
-class _Outlet:
-    """Pieces of an answer on their way out; keeps the end of the last choice back."""
-
-    def __init__(self, choices: int) -> None:
-        self._unfinished = choices
-        self._waiting: list[EngineChunk] = []
-        self._held: list[bytes] = []
-
-    def take(self, piece: EngineChunk | None) -> None:
-        """Take a piece in that inspection has released, if any."""
-        if piece is not None:
-            self._waiting.append(piece)
-
-    def ready(self) -> list[EngineChunk]:
-        """Pieces that may leave now; all but those of the end."""
-        ready = []
-        for piece in self._waiting:
-            self._unfinished -= piece.data.count(_FINISH)
-            if self._unfinished > 0:
-                ready.append(piece)
-            else:
-                self._held.append(piece.data)
-        self._waiting.clear()
-        return ready
-
-    def rest(self) -> bytes:
-        """Everything that has not left."""
-        self._held += [piece.data for piece in self._waiting]
-        self._waiting.clear()
-        return b"".join(self._held)
-
-
-def _finish_reason(tail: bytes) -> str | None:
-    """Reason of the choice that ended last; ``None`` where nothing was generated."""
-    reasons = _REASON.findall(tail)
-    return reasons[-1].decode() if reasons else None
