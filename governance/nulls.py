@@ -12,8 +12,10 @@ from governance.budget.messages import AccountState
 from governance.types import (
     Amount,
     BudgetAsk,
+    Charge,
     EngineChunk,
     Inspection,
+    Principal,
     Reservation,
     Route,
     RouteAsk,
@@ -58,7 +60,7 @@ class FixedRouter:
 
     async def route(self, ask: RouteAsk) -> Route:
         """Pick the only permitted model: the one the caller named."""
-        return Route(model=ask.permitted[0], reason="named")
+        return Route(model=ask.permitted[0], reason="named", fallbacks=ask.stand_ins)
 
 
 class NullLedger:
@@ -70,8 +72,16 @@ class NullLedger:
         """Give a hold without an account; its id ties the engine's work to the turn."""
         return NullHold(Reservation(id=ask.request_id))
 
-    def usage(self, department: str) -> AccountState | None:
+    def charge(self, principal: Principal) -> Charge:
+        """Name the department; nothing is charged to it."""
+        return Charge(principal.department, principal.department)
+
+    def usage(self, account: str) -> AccountState | None:
         """There are no accounts."""
+        return None
+
+    def fits(self, ask: BudgetAsk) -> int | None:
+        """Nothing is limited."""
         return None
 
 

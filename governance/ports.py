@@ -13,6 +13,7 @@ from governance.budget.messages import AccountState
 from governance.types import (
     Amount,
     BudgetAsk,
+    Charge,
     Decision,
     Dispatch,
     EngineChunk,
@@ -187,10 +188,25 @@ class Ledger(Protocol):
         """
         ...
 
-    def usage(self, department: str) -> AccountState | None:
-        """State of a department's account, two seconds old at most while the ledger is reached.
+    def charge(self, principal: Principal) -> Charge:
+        """Where a principal's requests are charged, and how they share engines; in microseconds.
+
+        Raises:
+            NoAccount: The department has no account.
+        """
+        ...
+
+    def usage(self, account: str) -> AccountState | None:
+        """State of an account, two seconds old at most while the ledger is reached.
 
         ``None`` where there is no account, or nothing has been heard of it yet.
+        """
+        ...
+
+    def fits(self, ask: BudgetAsk) -> int | None:
+        """The longest answer per choice, in tokens, that the account could still cover.
+
+        An estimate, for people; 0 where not even the prompt fits, ``None`` where nothing is known.
         """
         ...
 

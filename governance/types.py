@@ -102,8 +102,11 @@ class Decision:
     policy_digest: str
     """SHA-256 in hex of the canonical policy that decided."""
     limits: Limits = Limits()
-    priority_class: str = "standard"
-    """``critical``, ``standard`` or ``batch``."""
+    priority_class: str | None = None
+    """``critical``, ``standard`` or ``batch``; ``None`` where no rule sets one."""
+    on_exhaustion: str | None = None
+    """``small``: where the budget or the queue has no room for a large model that was named, a
+    model of the small tier may answer; ``None`` or ``refuse``: it may not."""
     message: str | None = None
     """Text of the responsible rule for the caller, where it has one."""
 
@@ -200,7 +203,9 @@ class RouteAsk:
     priority_class: str
     """``critical``, ``standard`` or ``batch``."""
     account: AccountState | None = None
-    """State of the department's account, where there is one."""
+    """State of the account that is charged, where there is one."""
+    stand_ins: tuple[ModelInfo, ...] = ()
+    """Where a model was named: those that may answer instead if there is no room for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +225,8 @@ class Route:
     model that answers instead."""
     detail: Mapping[str, int | str | bool | None] = field(default_factory=dict)
     """What the choice rests on, for the record; fractions in thousandths."""
+    instead_of: str | None = None
+    """The model that was named, where another one answers because policy permits that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +258,27 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
+class Charge:
+    """Where a principal's requests are charged, and how they share the engines at peak."""
+
+    account: str
+    """The most particular account: ``hr``, ``hr/recruiting``, ``hr~<principal key>``."""
+    department: str
+    priority_class: str | None = None
+    """Class by the budgets file; ``None`` leaves it to the policy."""
+    weight_milli: int = 1000
+    """Share of the engines beside other departments of the class, in thousandths."""
+    served_us: int = 0
+    """Charged device-microseconds of the department so far, at all gateways, as last heard."""
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetAsk:
     """What the ledger must know of a request to reserve for it."""
 
     request_id: str
-    department: str
-    """Department of the principal; names the account."""
+    account: str
+    """Account that is charged, see ``Charge``."""
     model: str
     base_model: str
     operation: Operation
@@ -305,10 +327,18 @@ class Dispatch:
     """Exactly the bytes forwarded (JSON); the ticket carries their SHA-256."""
     principal_key: str
     department: str
+    account: str
+    """Account that is charged, see ``Charge``."""
     priority: int
     """vLLM priority: lower is served earlier."""
     max_tokens: int
     reservation_id: str
+    weight_milli: int = 1000
+    """See ``Charge``."""
+    served_us: int = 0
+    """See ``Charge``."""
+    patience_ms: int = 0
+    """Longest wait in the engine's queue; 0 is no bound."""
     affinity: str | None = None
     """Key of the conversation or shared prefix; equal keys prefer the same replica."""
     context_tokens: int | None = None
@@ -368,6 +398,38 @@ class Outcome(StrEnum):
     ABORTED = "aborted"
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why an answer was ended before the model ended it."""
+
+    code: str
+    """Code of the error that it would have been, had nothing been generated."""
+    account: str | None = None
+    """Account that ran out."""
+    window: str | None = None
+    """Kind of its window."""
+    reset_us: int | None = None
+    """When that window ends."""
+    owner: str | None = None
+    """Who owns the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Why a request was turned away from a model's queue."""
+
+    reason: str
+    """``queue`` (no room for its class) or ``patience`` (its wait would be too long)."""
+    model: str
+    """Base model."""
+    priority_class: str
+    waiting: int
+    """Requests estimated to wait there."""
+    wait_ms: int | None
+    """Estimated wait of this one; ``None`` while nothing is known of the model's rate."""
+    retry_after_s: int = 1
+
+
 @dataclass(slots=True)
 class Turn:
     """Accumulates what each stage found; becomes the audit record. The one mutable value."""
@@ -380,6 +442,8 @@ class Turn:
     request: InferenceRequest | None = None
     input_inspection: Inspection | None = None
     decision: Decision | None = None
+    charge: Charge | None = None
+    """Where the request is charged; ``None`` before that is known, or where there is no account."""
     route: Route | None = None
     hold: Hold | None = None
     """The live hold on the budget; ``reservation`` is what it was when last looked at."""
@@ -402,6 +466,11 @@ class Turn:
     charged: Amount | None = None
     """What the account was charged; ``None`` without a ledger."""
     finish_reason: str | None = None
+    stopped: Stop | None = None
+    """Set where the answer was ended for want of budget; ``usage`` is then what was consumed as far
+    as the gateway knows, and the engine's own account follows."""
+    shed: Shed | None = None
+    """Why the model's queue did not take the request, where it did not."""
     outcome: Outcome | None = None
     error_code: str | None = None
     status: int = 0
@@ -467,6 +536,8 @@ _OF_AN_ATTEMPT = (
     "gpu_us",
     "charged",
     "finish_reason",
+    "stopped",
+    "shed",
     "outcome",
     "error_code",
     "superseded",

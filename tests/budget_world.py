@@ -8,53 +8,21 @@ the same result each time.
 from __future__ import annotations
 
 import asyncio
-import selectors
 import tempfile
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from benchmarks.budgets.virtual import START_US as START_US
+from benchmarks.budgets.virtual import VirtualLoop as VirtualLoop
+from benchmarks.budgets.virtual import run as run
 from governance.budget.config import BudgetsConfig
 from governance.budget.leases import LeaseBook
 from governance.budget.ledger import BudgetLedger
 from governance.budget.messages import MeterReport, MeterRow, RenewReply, RenewRequest
+from governance.budget.tree import Tree
 from governance.errors import InvalidRequest
 from governance.types import BudgetAsk, Operation
-
-Result = TypeVar("Result")
-START_US = 1_760_000_000_000_000
-"""9 October 2025."""
-
-
-class _Selector(selectors.DefaultSelector):
-    """Does not wait: it moves the clock instead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now_s = 1000.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise RuntimeError("everybody waits for ever")
-        self.now_s += max(timeout, 0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop in which time passes only while nobody can work."""
-
-    def __init__(self) -> None:
-        self._virtual = _Selector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.now_s
-
-
-def run(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run a coroutine on a loop with time of its own."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(main())
 
 
 def config(**accounts: dict[str, Any]) -> BudgetsConfig:
@@ -143,7 +111,11 @@ class World:
     ) -> LeaseBook:
         """A gateway's leases."""
         return LeaseBook(
-            gateway_id, renew or self.renew, clock=self.clock, monotonic=self.monotonic
+            gateway_id,
+            renew or self.renew,
+            clock=self.clock,
+            monotonic=self.monotonic,
+            tree=Tree(self.budgets),
         )
 
 

@@ -51,6 +51,13 @@ class EventType(StrEnum):
     """Somebody overrode an account's budget for a time."""
     BUDGETS_LOADED = "budget.loaded"
     """The ledger took up a budgets file; ``detail`` has its digest."""
+    BUDGET_TRANSFER = "budget.transfer"
+    """Somebody moved budget from one account to another, for a window."""
+    BUDGET_THRESHOLD = "budget.threshold"
+    """An account crossed a threshold of its limit; once a window and threshold. Once more, with the
+    state ``undelivered``, where the webhook could not be told."""
+    BUDGET_WINDOW = "budget.window"
+    """The window of an account ended in which something was spent; ``detail`` says how much."""
     WRITER_STARTED = "writer.started"
     """A process began to write: the first record of its chain."""
     WRITER_STOPPED = "writer.stopped"

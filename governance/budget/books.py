@@ -18,6 +18,8 @@ The rules of charging:
   to its window; to a later window it does not.
 - While a reservation is open (its lease lives and its gateway has not settled it), what is charged
   to it is part of its lease, so that it does not count twice.
+- A charge goes to an account and to everything above it (``governance.budget.tree``), to each in
+  the window that it has then.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import json
 
 from governance.budget import events
-from governance.budget.config import BudgetsConfig
+from governance.budget.borrowing import decayed
 from governance.budget.prices import PriceBook
 from governance.budget.state import (
     ZERO,
@@ -37,8 +39,12 @@ from governance.budget.state import (
     positive,
 )
 from governance.budget.store import Changes, LedgerStore
+from governance.budget.tree import Node, Tree
 from governance.budget.windows import window_at
 from governance.types import Amount
+
+HOUR_US = 3_600_000_000
+NEVER_US = 1 << 62
 
 
 class Books:
@@ -47,58 +53,136 @@ class Books:
     Args:
         state: As loaded.
         store: Where reservations that are not in memory are looked up.
-        config: Limits.
+        tree: Accounts and their limits.
     """
 
-    def __init__(self, state: State, store: LedgerStore, config: BudgetsConfig) -> None:
+    def __init__(self, state: State, store: LedgerStore, tree: Tree) -> None:
         self.state = state
         self.changes = Changes()
         self.conflicts = 0
         """Reports that named a reservation of another gateway or account; they change nothing."""
+        self.tree = tree
         self._store = store
-        self._config = config
+        self._rolls_us = min((a.end_us for a in state.accounts.values()), default=NEVER_US)
+        """When the next window ends."""
+        self._limits: dict[str, tuple[int | None, int | None]] = {}
+        """As ``limits`` found them."""
+        self._touched: dict[str, Lease] = {}
+        """Leases by id that are not in the sums as they are now."""
+        self._now_s = 0.0
+        self._reclaims_s: dict[tuple[str, int], float] = {}
+        """By cohort and quantity: until when what is lent is reclaimed, monotonic."""
+        self._recount()
+
+    def use(self, tree: Tree) -> None:
+        """Take up another budgets file; what was spent counts on in it."""
+        self.tree = tree
+        self._limits.clear()
+        self._recount()
 
     def account(self, name: str, now_us: int) -> Account:
         """An account with its present window; one that is not in the file is kept as well."""
         account = self.state.accounts.get(name)
-        kind, zone = self._window(name)
-        window = f"{kind} {zone}"
+        node = self.tree.node(name)
+        if account is not None and now_us < account.end_us and account.window == node.window:
+            return account
+        kind, zone, day = node.span
+        start_us, end_us = window_at(kind, zone, now_us, day)
         if account is None:
-            account = Account(name, window, *window_at(kind, zone, now_us))
-            self.state.accounts[name] = account
-            self.changes.accounts[name] = account
+            account = self.state.accounts[name] = Account(name, node.window, start_us, end_us)
         elif now_us >= account.end_us:
-            account.window = window
-            account.start_us, account.end_us = window_at(kind, zone, now_us)
-            account.spent = ZERO
-            self.changes.accounts[name] = account
-        elif account.window != window:
-            # The file gives another window: what was spent in the old one counts on in it.
-            account.window = window
-            account.start_us, account.end_us = window_at(kind, zone, now_us)
-            self.changes.accounts[name] = account
+            if account.spent != ZERO and not node.is_user:
+                self.changes.events.append(events.window_ended(account, self.limits(node)))
+            account.spent = account.moved = account.alerted = ZERO
+            self.relimit(name)
+        # Else the file gives another window: what was spent in the old one counts on in it.
+        account.window, account.start_us, account.end_us = node.window, start_us, end_us
+        self.changes.accounts[name] = account
+        self._rolls_us = min(self._rolls_us, end_us)
         return account
 
     def view(self, name: str, now_us: int) -> Account:
         """As ``account``, but nothing is kept of an account that nobody has used."""
         if name in self.state.accounts:
             return self.account(name, now_us)
-        kind, zone = self._window(name)
-        return Account(name, f"{kind} {zone}", *window_at(kind, zone, now_us))
+        node = self.tree.node(name)
+        kind, zone, day = node.span
+        return Account(name, node.window, *window_at(kind, zone, now_us, day))
 
     def exists(self, account: str) -> bool:
         """Whether the file has an account of this name."""
-        return self._config.account(account) is not None
+        return self.tree.exists(account)
 
-    def limits(self, account: str) -> tuple[int | None, int | None]:
-        """Charged device-microseconds and tokens per window, an override counted."""
-        limits = self._config.account(account)
-        gpu_us, tokens = (limits.limit_us, limits.tokens) if limits else (0, 0)
-        override = self.state.overrides.get(account)
+    def limits(self, node: Node) -> tuple[int | None, int | None]:
+        """Charged device-microseconds and tokens per window; override, transfers, overdraft."""
+        known = self._limits.get(node.name)
+        if known is None:
+            known = self._limits[node.name] = self._reckon(node)
+        return known
+
+    def relimit(self, name: str) -> None:
+        """What an account may spend is another now."""
+        self._limits.pop(name, None)
+
+    def _reckon(self, node: Node) -> tuple[int | None, int | None]:
+        gpu_us, tokens = node.limit_us, node.limit_tokens
+        override = self.state.overrides.get(node.name)
         if override is not None:
             gpu_us = gpu_us if override.gpu_us is None else override.gpu_us
             tokens = tokens if override.tokens is None else override.tokens
+        account = self.state.accounts.get(node.name)
+        moved = ZERO if account is None else account.moved
+        if gpu_us is not None:
+            gpu_us = max(0, gpu_us + moved.gpu_us) + node.overdraft.gpu_us
+        if tokens is not None:
+            tokens = max(0, tokens + moved.tokens) + node.overdraft.tokens
         return gpu_us, tokens
+
+    def touch(self, lease: Lease) -> None:
+        """Note that a lease changed; ``count`` brings it into the sums."""
+        self._touched[lease.id] = lease
+
+    def count(self) -> None:
+        """Bring the sums of what is held up to date, at each account and at all above.
+
+        Not with each change: a batch charges the same leases over and over.
+        """
+        for lease in self._touched.values():
+            self._count(lease)
+        self._touched.clear()
+
+    def _count(self, lease: Lease) -> None:
+        outstanding, reserved = lease.outstanding, lease.reserved
+        held, opened = outstanding - lease.counted, reserved - lease.counted_open
+        if held != ZERO or opened != ZERO:
+            for node in self.tree.path(lease.account):
+                _add(self.state.held, node.name, held)
+                _add(self.state.opened, node.name, opened)
+            lease.counted, lease.counted_open = outstanding, reserved
+
+    def drop(self, lease: Lease) -> None:
+        """Forget a lease, and what it held."""
+        lease.bound = lease.open_spent
+        self._count(lease)
+        self._touched.pop(lease.id, None)
+        self.state.drop(lease)
+        self.changes.leases[lease.id] = None
+
+    def reclaim(self, key: tuple[str, int]) -> None:
+        """A member of a cohort cannot have its own: until it is through, nobody borrows anew."""
+        self._reclaims_s[key] = self._now_s + self.tree.config.lease.ttl_s
+
+    def reclaims(self, key: tuple[str, int]) -> bool:
+        """Whether what is lent in a cohort, of a quantity, is being reclaimed."""
+        return self._now_s < self._reclaims_s.get(key, 0.0)
+
+    def _recount(self) -> None:
+        self.state.held.clear()
+        self.state.opened.clear()
+        self._touched.clear()
+        for lease in self.state.leases.values():
+            lease.counted = lease.counted_open = ZERO
+            self._count(lease)
 
     def reservation(self, reservation_id: str, account: str, gateway_id: str) -> Reservation | None:
         """A reservation, new where nobody named it yet; ``None`` where it is somebody else's."""
@@ -126,6 +210,7 @@ class Books:
             reservation.open = True
             lease.reservations[reservation.id] = reservation
             lease.open_spent += reservation.charged
+            self.touch(lease)
             self.changes.leases[lease.id] = lease
 
     def metered(
@@ -158,22 +243,68 @@ class Books:
         change = Amount(gpu_us, max(tokens, before.tokens)) - before
         if change == ZERO:
             return
-        account = self.account(reservation.account, now_us)
         if before == ZERO:
-            reservation.since_us = account.start_us
+            reservation.since_us = now_us
         reservation.charged += change
-        # What an earlier window was charged too much is not this one's to spend.
-        account.spent += change if reservation.since_us == account.start_us else positive(change)
-        account.total += change
-        self.changes.accounts[account.name] = account
+        increase = positive(change)
+        for node in self.tree.path(reservation.account):
+            account = self.account(node.name, now_us)
+            # What an earlier window was charged too much is not this one's to spend.
+            counts = change if reservation.since_us >= account.start_us else increase
+            if increase != ZERO and not node.is_user:
+                self._watch(node, account, counts, now_us)
+            account.spent += counts
+            account.total += change
+            self.changes.accounts[account.name] = account
         lease = self.state.leases.get((reservation.gateway_id, reservation.account))
         if lease is None:
             return
         if reservation.open:
             lease.open_spent += change
+            self.touch(lease)
         elif reservation.settled:
-            lease.adjust += positive(change)
+            lease.adjust += increase
         self.changes.leases[lease.id] = lease
+
+    def _watch(self, node: Node, account: Account, change: Amount, now_us: int) -> None:
+        """Note what is borrowed, and tell of thresholds that a charge crosses."""
+        spent = account.spent + change
+        limits = self.limits(node)
+        alerted = [account.alerted.gpu_us, account.alerted.tokens]
+        pairs = ((spent.gpu_us, limits[0]), (spent.tokens, limits[1]))
+        for place, (used, limit) in enumerate(pairs):
+            if not limit or used * 100 < limit * self._lowest:
+                continue
+            for threshold in self.tree.config.alerts.thresholds:
+                if threshold > alerted[place] and used * 100 >= limit * threshold:
+                    alerted[place] = threshold
+                    alert = events.alert(
+                        node, account, ("gpu_us", "tokens")[place], threshold, used, limit, now_us
+                    )
+                    self.changes.alerts.append(alert)
+                    self.changes.events.append(events.threshold(alert))
+        account.alerted = Amount(*alerted)
+        if node.cohort is not None:
+            gpu_us = _beyond(spent.gpu_us, account.spent.gpu_us, limits[0])
+            tokens = _beyond(spent.tokens, account.spent.tokens, limits[1])
+            if gpu_us > 0 or tokens > 0:
+                account.standing = self.standing(node, account, now_us) + Amount(gpu_us, tokens)
+                account.standing_at_us = now_us
+
+    @property
+    def _lowest(self) -> int:
+        return self.tree.config.alerts.thresholds[0]
+
+    def standing(self, node: Node, account: Account, now_us: int) -> Amount:
+        """What a department borrowed of late; what is older counts less."""
+        if account.standing == ZERO or node.cohort is None:
+            return ZERO
+        half_life_us = self.tree.config.cohorts[node.cohort].half_life_hours * HOUR_US
+        elapsed_us = now_us - account.standing_at_us
+        return Amount(
+            decayed(account.standing.gpu_us, elapsed_us, half_life_us),
+            decayed(account.standing.tokens, elapsed_us, half_life_us),
+        )
 
     def close(self, reservation: Reservation) -> None:
         """Take a reservation out of its lease; what it was charged stays charged."""
@@ -183,6 +314,7 @@ class Books:
         reservation.open = False
         lease.reservations.pop(reservation.id)
         lease.open_spent -= reservation.charged
+        self.touch(lease)
         self.changes.leases[lease.id] = lease
 
     def end_lease(self, lease: Lease) -> None:
@@ -196,8 +328,7 @@ class Books:
                 self.changes.events.append(json.loads(reservation.unsettled))
                 reservation.unsettled = None
             self.changes.reservations[reservation.id] = reservation
-        self.state.drop(lease)
-        self.changes.leases[lease.id] = None
+        self.drop(lease)
 
     def price(self, base_model: str) -> PriceBook:
         """Prices of a base model, to be changed."""
@@ -208,8 +339,9 @@ class Books:
 
     def advance(self, now_us: int, now_s: float) -> None:
         """Let time pass: windows roll, leases of silent gateways and overrides end."""
-        for name in [a.name for a in self.state.accounts.values() if now_us >= a.end_us]:
-            self.account(name, now_us)
+        self._now_s = now_s
+        if now_us >= self._rolls_us:
+            self._roll(now_us)
         for gateway in [g for g in self.state.gateways.values() if now_s >= g.expires_s]:
             for lease in self.state.leases_at(gateway.id):
                 self.end_lease(lease)
@@ -221,10 +353,37 @@ class Books:
     ) -> None:
         """Return an account to the limits of the file."""
         del self.state.overrides[override.account]
+        self.relimit(override.account)
         self.changes.overrides[override.account] = None
         event = events.budget_set(override, state, by, reason, now_us)
         self.changes.events.append(event)
 
-    def _window(self, account: str) -> tuple[str, str]:
-        limits = self._config.account(account)
-        return (limits.window.value, limits.timezone) if limits else ("month", "UTC")
+    def _roll(self, now_us: int) -> None:
+        """Begin the windows that are due; users who spend nothing are forgotten."""
+        self._rolls_us = NEVER_US
+        self.count()
+        for account in list(self.state.accounts.values()):
+            if now_us >= account.end_us:
+                if "~" in account.name and self.state.held.get(account.name, ZERO) == ZERO:
+                    del self.state.accounts[account.name]
+                    self.relimit(account.name)
+                    self.changes.accounts[account.name] = None
+                    continue
+                self.account(account.name, now_us)
+            self._rolls_us = min(self._rolls_us, account.end_us)
+
+
+def _add(sums: dict[str, Amount], name: str, amount: Amount) -> None:
+    """Add to a sum; one that comes to nothing is not kept."""
+    total = sums.get(name, ZERO) + amount
+    if total == ZERO:
+        sums.pop(name, None)
+    else:
+        sums[name] = total
+
+
+def _beyond(after: int, before: int, limit: int | None) -> int:
+    """How much of an increase lies beyond a limit."""
+    if limit is None:
+        return 0
+    return max(0, after - limit) - max(0, before - limit)

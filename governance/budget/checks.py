@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from governance.budget.config import NAME_PATTERN
 from governance.budget.messages import MeterReport, RenewRequest
+from governance.budget.tree import ACCOUNT_PATTERN
 from governance.types import Amount
 
 MOST = 10**15
@@ -33,6 +34,16 @@ def is_name(name: object) -> bool:
     return type(name) is str and len(name) <= 256 and _NAME.fullmatch(name) is not None
 
 
+def is_account(name: object) -> bool:
+    """Whether something may be the name of an account that is charged."""
+    return (
+        type(name) is str
+        and len(name) <= 256
+        and ACCOUNT_PATTERN.fullmatch(name) is not None
+        and "@" not in name
+    )
+
+
 def check_renewal(request: RenewRequest) -> None:
     """Look at a renewal.
 
@@ -45,10 +56,11 @@ def check_renewal(request: RenewRequest) -> None:
     if len({ask.account for ask in request.asks}) != len(request.asks):
         raise ValueError("an account is asked for twice")
     for ask in request.asks:
-        _names([ask.account])
+        _accounts([ask.account])
         _amounts(ask.open, ask.need, ask.cushion)
     for settlement in request.settlements:
-        _names([settlement.reservation_id, settlement.account])
+        _names([settlement.reservation_id])
+        _accounts([settlement.account])
         _amounts(settlement.used)
         _figures([settlement.gpu_us or 0, settlement.prompt_bytes, settlement.prompt_tokens])
 
@@ -63,7 +75,8 @@ def check_report(report: MeterReport) -> None:
     _figures([report.seq, report.devices, report.elapsed_us, report.busy_us])
     _figures([report.attributed_us, report.unattributed_us, report.running])
     for row in report.rows:
-        _names([row.reservation_id, row.gateway_id, row.account])
+        _names([row.reservation_id, row.gateway_id])
+        _accounts([row.account])
         _figures([row.gpu_us, row.prefill_us, row.decode_us, row.prefill_tokens])
         _figures([row.cached_tokens, row.prompt_tokens, row.decode_tokens])
 
@@ -83,6 +96,12 @@ def _names(names: Iterable[str]) -> None:
     for name in names:
         if not is_name(name):
             raise ValueError("a name is empty, too long or has characters that no name has")
+
+
+def _accounts(names: Iterable[str]) -> None:
+    for name in names:
+        if not is_account(name):
+            raise ValueError("the name of an account is not one that can be charged")
 
 
 def _size(*sizes: int) -> None:

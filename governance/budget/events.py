@@ -12,7 +12,9 @@ from typing import Any
 
 from governance.audit.schema import EventType
 from governance.budget.messages import MeterReport, MeterRow
-from governance.budget.state import METERS, Override, Replica, Reservation
+from governance.budget.state import METERS, Account, Override, Replica, Reservation
+from governance.budget.tree import Node, department_of
+from governance.types import Amount
 
 Event = dict[str, Any]
 
@@ -28,7 +30,7 @@ def settled(
         "request_id": row.request_id,
         "reservation_id": reservation.id,
         "lease_id": lease_id,
-        "department": reservation.account,
+        "department": department_of(reservation.account),
         "budget_account": reservation.account,
         "response_model": row.model,
         "replica_id": report.replica_id,
@@ -73,7 +75,7 @@ def budget_set(override: Override, state: str, by: str, reason: str, now_us: int
         "principal_kind": "system" if state == "expired" else None,
         "subject_key": None if state == "expired" else by,
         "operation": "budget.set",
-        "department": override.account,
+        "department": department_of(override.account),
         "budget_account": override.account,
         "entity_type": "budget",
         "entity_id": override.account,
@@ -84,15 +86,117 @@ def budget_set(override: Override, state: str, by: str, reason: str, now_us: int
     }
 
 
-def budgets_loaded(digest: str, before: str | None, now_us: int) -> Event:
-    """The ledger took up a budgets file."""
+def budgets_loaded(
+    digest: str, before: str | None, now_us: int, by: str | None = None, reason: str | None = None
+) -> Event:
+    """The ledger took up a budgets file; ``by`` where somebody applied it to a running one."""
     return {
         "event_type": EventType.BUDGETS_LOADED.value,
         "ts_us": now_us,
-        "principal_kind": "system",
+        "principal_kind": "system" if by is None else None,
+        "subject_key": by,
+        "operation": None if by is None else "budget.apply",
+        "reason_code": reason,
         "entity_type": "budgets",
         "entity_id": digest,
         "detail": detail(digest=digest, before=before),
+    }
+
+
+def transferred(
+    source: str, target: str, moved: Amount, until_us: int, by: str, reason: str, now_us: int
+) -> Event:
+    """Budget was moved from one account to another."""
+    return {
+        "event_type": EventType.BUDGET_TRANSFER.value,
+        "ts_us": now_us,
+        "subject_key": by,
+        "operation": "budget.transfer",
+        "department": department_of(target),
+        "budget_account": target,
+        "entity_type": "budget",
+        "entity_id": source,
+        "reason_code": reason,
+        "due_us": until_us,
+        "detail": detail(source=source, target=target, gpu_us=moved.gpu_us, tokens=moved.tokens),
+    }
+
+
+def window_ended(account: Account, limits: tuple[int | None, int | None]) -> Event:
+    """What an account spent in a window that is over; later corrections are not in it."""
+    return {
+        "event_type": EventType.BUDGET_WINDOW.value,
+        "ts_us": account.start_us,
+        "ts_end_us": account.end_us,
+        "principal_kind": "system",
+        "department": department_of(account.name),
+        "budget_account": account.name,
+        "entity_type": "budget",
+        "entity_id": account.name,
+        "detail": detail(
+            window=account.window.split()[0],
+            gpu_us=account.spent.gpu_us,
+            tokens=account.spent.tokens,
+            limit_us=limits[0],
+            limit_tokens=limits[1],
+            moved_us=account.moved.gpu_us,
+            moved_tokens=account.moved.tokens,
+        ),
+    }
+
+
+def alert(
+    node: Node,
+    account: Account,
+    quantity: str,
+    threshold: int,
+    spent: int,
+    limit: int,
+    now_us: int,
+) -> dict[str, Any]:
+    """An account crossed a threshold; ``id`` is the same for the same crossing."""
+    return {
+        "id": f"{account.name}:{quantity}:{account.start_us}:{threshold}",
+        "account": account.name,
+        "quantity": quantity,
+        "threshold": threshold,
+        "spent": spent,
+        "limit": limit,
+        "window": account.window.split()[0],
+        "window_start_us": account.start_us,
+        "reset_us": account.end_us,
+        "owner": node.owner,
+        "ts_us": now_us,
+    }
+
+
+def threshold(alert: Mapping[str, Any]) -> Event:
+    """The same, for the record."""
+    return {
+        "event_type": EventType.BUDGET_THRESHOLD.value,
+        "ts_us": alert["ts_us"],
+        "principal_kind": "system",
+        "department": department_of(alert["account"]),
+        "budget_account": alert["account"],
+        "entity_type": "budget",
+        "entity_id": alert["id"],
+        "due_us": alert["reset_us"],
+        "detail": detail(
+            quantity=alert["quantity"],
+            threshold=alert["threshold"],
+            spent=alert["spent"],
+            limit=alert["limit"],
+        ),
+    }
+
+
+def alert_lost(alert: Mapping[str, Any], reason: str, now_us: int) -> Event:
+    """An alert could not be delivered, and is given up."""
+    return {
+        **threshold(alert),
+        "ts_us": now_us,
+        "state": "undelivered",
+        "reason_code": reason,
     }
 
 

@@ -21,6 +21,8 @@ EDGE_DIVISOR = 8
 counts more than is left, the request is refused before it answers."""
 DENIED_S = 0.5
 """After a chunk was denied, it is not asked for again this soon while there is some left to use."""
+SOFT_WAIT_S = 0.25
+"""Longest wait for a chunk that can be done without for now."""
 NEVER = 1 << 62
 
 
@@ -179,7 +181,11 @@ class LeaseHold:
         if prompt_tokens > 0:
             self._prompt = prompt_tokens
             self._reckon_whole()
-            await self._grow(self._answer, wait_s=None)
+            try:
+                await self._grow(self._answer, wait_s=None if line.stops else SOFT_WAIT_S)
+            except (BudgetExhausted, LedgerUnavailable):
+                if line.stops:
+                    raise
         self._book.freed(line)
 
     def consumed(self, tokens: int, gpu_us: int) -> bool:
@@ -193,7 +199,7 @@ class LeaseHold:
         """Reserve the next chunk; what is short of device time is reserved as well.
 
         Returns without it while some of what was reserved is left: the caller goes on, and comes
-        again.
+        again. So it does where the account is soft, and what has begun is finished.
 
         Raises:
             BudgetExhausted: What was reserved is used up, and the account cannot cover more.
@@ -205,14 +211,14 @@ class LeaseHold:
         if self._done >= self._next_tokens:
             chunk = self._book.chunk_tokens * self._ask.choices
             answer = min(self._whole, max(answer, self._done) + chunk)
-        used_up = self._used_up()
-        if not used_up and self._book.monotonic() < self._denied_s + DENIED_S:
+        must = self._used_up() and self._line.stops
+        if not must and self._book.monotonic() < self._denied_s + DENIED_S:
             return
         try:
-            await self._grow(answer, wait_s=None if used_up else 0.25)
+            await self._grow(answer, wait_s=None if must else SOFT_WAIT_S)
         except (BudgetExhausted, LedgerUnavailable):
             self._denied_s = self._book.monotonic()
-            if self._used_up():
+            if self._used_up() and self._line.stops:
                 raise
 
     def settle(self, usage: Usage | None, gpu_us: int | None) -> None:

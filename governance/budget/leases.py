@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from itertools import count
 
-from governance.budget.checks import MOST, is_name
+from governance.budget.checks import MOST, is_account
 from governance.budget.holds import LeaseHold
 from governance.budget.lines import Line
 from governance.budget.messages import (
@@ -34,8 +33,10 @@ from governance.budget.messages import (
     Settlement,
 )
 from governance.budget.prices import COLD
+from governance.budget.refusals import budget_refusal, largest_answer, limited
 from governance.budget.renewals import Renewals
 from governance.budget.state import ZERO, least
+from governance.budget.tree import Tree
 from governance.budget.waiters import Level, Waiter
 from governance.errors import (
     BudgetExhausted,
@@ -43,10 +44,9 @@ from governance.errors import (
     LedgerUnavailable,
     NoAccount,
     Overloaded,
-    Shortage,
 )
 from governance.ports import Clock
-from governance.types import Amount, BudgetAsk
+from governance.types import Amount, BudgetAsk, Charge, Principal
 
 WAIT_S = 3.0
 """Longest wait of a request for the ledger; then it is refused with ``LedgerUnavailable``."""
@@ -94,6 +94,7 @@ class LeaseBook:
         renew: Sends a renewal to the ledger; see ``governance.budget.renewals``.
         clock: Wall clock, for what people read.
         monotonic: Seconds; decides when a lease ends.
+        tree: Accounts by the budgets file; replaced when another is taken up.
         chunk_tokens: Answer tokens per choice that are reserved at a time.
         renew_s: Seconds between renewals.
     """
@@ -105,11 +106,15 @@ class LeaseBook:
         *,
         clock: Clock,
         monotonic: Callable[[], float],
+        tree: Tree,
         chunk_tokens: int = 128,
         renew_s: float = 1.0,
     ) -> None:
         self.gateway_id = gateway_id
         self.monotonic = monotonic
+        self.tree = tree
+        self.digest = tree.config.digest
+        """Of the budgets file by which the ledger works, as of the last renewal."""
         self.chunk_tokens = chunk_tokens
         self._clock = clock
         self._lines: dict[str, Line] = {}
@@ -132,13 +137,13 @@ class LeaseBook:
             LedgerUnavailable: No lease is left, and the ledger cannot be reached.
             Overloaded: Too many wait for the same account.
         """
-        if not is_name(ask.department):
-            # The ledger would reject the whole renewal.
-            raise NoAccount
         now_s = self.monotonic()
-        line = self._lines.get(ask.department)
+        line = self._lines.get(ask.account)
         if line is None:
-            line = self._lines[ask.department] = Line(ask.department)
+            if not is_account(ask.account):
+                # The ledger would reject the whole renewal.
+                raise NoAccount
+            line = self._lines[ask.account] = Line(ask.account)
         line.used_s = now_s
         hold = LeaseHold(self, line, ask, self.price(ask.base_model), next(self._numbers))
         if not line.waiters and now_s < line.valid_until_s and hold.take():
@@ -148,16 +153,38 @@ class LeaseBook:
         self._stats.reservations += 1
         return hold
 
-    def usage(self, department: str) -> AccountState | None:
-        """State of a department's account, as of the last renewal."""
-        line = self._lines.get(department)
+    def charge(self, principal: Principal) -> Charge:
+        """Where a principal's requests are charged, and how they share engines.
+
+        Raises:
+            NoAccount: The department has no account.
+        """
+        charge = self.tree.charge(principal)
+        line = self._lines.get(charge.account)
+        if line is None or line.state is None:
+            return charge
+        return replace(charge, served_us=line.state.served_us)
+
+    def usage(self, account: str) -> AccountState | None:
+        """State of an account, as of the last renewal."""
+        line = self._lines.get(account)
         if line is None:
-            if not is_name(department):
+            if not is_account(account):
                 return None
-            line = self._lines[department] = Line(department)
+            line = self._lines[account] = Line(account)
             self._renewals.wake()
         line.used_s = self.monotonic()
         return line.state
+
+    def fits(self, ask: BudgetAsk) -> int | None:
+        """The longest answer per choice, in tokens, that the account could still cover.
+
+        An estimate by median prices; ``None`` where nothing is known of the account yet.
+        """
+        line = self._lines.get(ask.account)
+        if line is None or line.state is None:
+            return None
+        return largest_answer(ask, self.price(ask.base_model), line.left(), limited(line.state))
 
     @property
     def stats(self) -> LeaseStats:
@@ -187,6 +214,15 @@ class LeaseBook:
     def age_s(self) -> float:
         """Seconds since the last answered renewal was sent; infinite before the first."""
         return self.monotonic() - self._answered_s
+
+    @property
+    def renew_s(self) -> float:
+        """Seconds between renewals."""
+        return self._renewals.renew_s
+
+    @renew_s.setter
+    def renew_s(self, seconds: float) -> None:
+        self._renewals.renew_s = seconds
 
     def start(self) -> None:
         """Begin to renew; ``reserve`` does it too."""
@@ -247,7 +283,7 @@ class LeaseBook:
                 done.result()
                 return
             if waiter.answered:
-                raise self._refusal(line) from None
+                raise self._refusal(line, least) from None
             self._stats.unavailable += 1
             raise LedgerUnavailable from None
         finally:
@@ -313,6 +349,7 @@ class LeaseBook:
     def answered(self, request: RenewRequest, reply: RenewReply, sent_s: float) -> None:
         """See ``governance.budget.renewals.Desk``."""
         self._answered_s = sent_s
+        self.digest = reply.digest or self.digest
         self._prices = {price.base_model: price for price in reply.prices}
         leases = {lease.account: lease for lease in reply.leases}
         states = {state.account: state for state in reply.accounts}
@@ -388,7 +425,7 @@ class LeaseBook:
             return self._let(line, waiter)
         if waiting and self._within_reach(line, waiter.least):
             return False
-        self._fail(line, waiter, self._refusal(line))
+        self._fail(line, waiter, self._refusal(line, waiter.least))
         return True
 
     def _within_reach(self, line: Line, least: Amount) -> bool:
@@ -399,7 +436,7 @@ class LeaseBook:
     def _crowded(self, line: Line, least: Amount, now_s: float) -> GatehouseError:
         """Why one more must not wait."""
         if now_s < line.valid_until_s and not self._within_reach(line, least):
-            return self._refusal(line)
+            return self._refusal(line, least)
         return Overloaded("", None, 1)
 
     def _let(self, line: Line, waiter: Waiter) -> bool:
@@ -416,26 +453,9 @@ class LeaseBook:
         """Whether the window that is known has not ended."""
         return line.state is not None and self._clock() < line.state.reset_us
 
-    def _refusal(self, line: Line) -> BudgetExhausted:
-        """Say what is left, and when there is more."""
+    def _refusal(self, line: Line, need: Amount | None = None) -> BudgetExhausted:
+        """Say what ran out, what is left, and when there is more."""
         self._stats.refusals += 1
-        state = line.state
-        if state is None:
+        if line.state is None:
             return BudgetExhausted()
-        reset = datetime.fromtimestamp(state.reset_us // 1_000_000, UTC)
-        room = []
-        tokens = gpu_us = None
-        if state.limit_tokens is not None:
-            tokens = max(line.free_tokens, 0) + line.rest_tokens
-            room.append(f"{tokens} tokens")
-        if state.limit_us is not None:
-            gpu_us = max(line.free_us, 0) + line.rest_us
-            room.append(f"{gpu_us // 1000} ms of GPU time")
-        return BudgetExhausted(
-            f"The budget of account {line.account} cannot cover this request. Left until it resets"
-            f" at {reset:%Y-%m-%dT%H:%M:%SZ}: {' and '.join(room)}.",
-            None,
-            max(1, -(-(state.reset_us - self._clock()) // 1_000_000)),
-            (),
-            Shortage(line.account, state.reset_us, gpu_us, tokens),
-        )
+        return budget_refusal(line.state, line.left(), self._clock(), need)

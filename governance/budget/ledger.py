@@ -16,10 +16,11 @@ anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from governance.budget import events, grants, meters
 from governance.budget.books import Books
@@ -33,8 +34,11 @@ from governance.budget.messages import (
     RenewReply,
     RenewRequest,
 )
-from governance.budget.state import Gateway, Override
-from governance.budget.store import LedgerStore
+from governance.budget.room import Rooms
+from governance.budget.state import ZERO, Gateway, Override, positive
+from governance.budget.store import LedgerStore, Transfer
+from governance.budget.sums import check_override
+from governance.budget.tree import Node, Tree
 from governance.errors import NoAccount
 from governance.ports import Clock
 from governance.types import Amount
@@ -86,7 +90,7 @@ class BudgetLedger:
         monotonic: Callable[[], float],
     ) -> None:
         self.stats = LedgerStats()
-        self.config = config
+        self.tree = Tree(config)
         self._store = store
         self._clock = clock
         self._monotonic = monotonic
@@ -107,6 +111,11 @@ class BudgetLedger:
                 self._books.changes.settings["budgets_digest"] = config.digest
                 loaded = events.budgets_loaded(config.digest, before, clock())
                 self._books.changes.events.append(loaded)
+
+    @property
+    def config(self) -> BudgetsConfig:
+        """The budgets file that holds."""
+        return self.tree.config
 
     @classmethod
     def open(
@@ -224,20 +233,30 @@ class BudgetLedger:
                 if row.ended:
                     self._stale_prices.add(report.base_model)
 
-    def state(self, account: str | None = None) -> tuple[AccountState, ...]:
-        """One account, or all that the file names or somebody used; empty where there is none."""
+    def state(self, account: str | None = None, *, users: bool = False) -> tuple[AccountState, ...]:
+        """One account, or all that the file names or somebody used; empty where there is none.
+
+        Args:
+            account: The account; ``None`` for all.
+            users: With all of them, accounts of single users as well.
+        """
         with self.batch():
+            state = self._books.state
+            self._books.count()
             if account is not None:
-                names = [account] if self.config.account(account) else []
+                names = [account] if self._shown(account) else []
             else:
-                state = self._books.state
-                names = sorted({*self.config.accounts, *state.accounts, *state.overrides})
-            return tuple(grants.account_state(self._books, name, self._clock()) for name in names)
+                used = {*state.accounts, *state.held, *state.overrides}
+                used = {name for name in used if users or "~" not in name}
+                names = sorted({*self.tree.listed(), *used})
+            rooms = Rooms(self._books, self._clock())
+            return tuple(rooms.state(name) for name in names)
 
     def totals(self) -> dict[str, Amount]:
-        """Spent ever by account, over all windows: for reconciliation."""
+        """Spent ever by department, over all windows: for reconciliation."""
         with self.batch():
-            return {a.name: a.total for a in self._books.state.accounts.values()}
+            accounts = self._books.state.accounts
+            return {n: a.total for n, a in accounts.items() if not set("/~@") & set(n)}
 
     def meter_sums(self) -> dict[str, dict[str, int]]:
         """Raw device-microseconds of all engines ever, by base model."""
@@ -275,8 +294,7 @@ class BudgetLedger:
             ValueError: A value is out of range.
         """
         now_us = self._clock()
-        if self.config.account(account) is None:
-            raise NoAccount
+        node = self._node(account)
         if gpu_us is None and tokens is None:
             raise ValueError("give gpu_us, tokens or both")
         if not 0 <= (gpu_us or 0) <= MAX_GPU_SECONDS * SECOND_US:
@@ -288,13 +306,18 @@ class BudgetLedger:
         if not 0 < len(by) <= 256 or not 0 < len(reason) <= 1000:
             raise ValueError("say who, in 256 characters at most, and why, in 1000 at most")
         with self.batch():
+            if node.parent is None and "@" not in account:
+                spent = {a.name: a.spent for a in self._books.state.accounts.values()}
+                overrides = self._books.state.overrides
+                check_override(self.config, overrides, spent, account, gpu_us, tokens)
             override = Override(account, gpu_us, tokens, expires_us, by, reason)
             self._books.state.overrides[account] = override
             self._books.changes.overrides[account] = override
+            self._books.relimit(account)
             self._books.changes.events.append(
                 events.budget_set(override, "overridden", by, reason, now_us)
             )
-            return grants.account_state(self._books, account, self._clock())
+            return self._state(account)
 
     def clear_override(self, account: str, by: str, reason: str) -> AccountState:
         """Return to the limits of the file; without an override this changes nothing.
@@ -302,13 +325,158 @@ class BudgetLedger:
         Raises:
             NoAccount: There is no such account.
         """
-        if self.config.account(account) is None:
-            raise NoAccount
+        self._node(account)
         with self.batch():
             override = self._books.state.overrides.get(account)
             if override is not None:
                 self._books.end_override(override, "cleared", by, reason, self._clock())
-            return grants.account_state(self._books, account, self._clock())
+            return self._state(account)
+
+    def transfer(
+        self,
+        source: str,
+        target: str,
+        gpu_us: int,
+        tokens: int,
+        by: str,
+        reason: str,
+        *,
+        key: str | None = None,
+    ) -> tuple[AccountState, AccountState]:
+        """Move budget from one account to another until the window ends.
+
+        What is spent, or lent out to gateways, cannot be moved. Between departments with the same
+        window, or between parts of one department.
+
+        Args:
+            source: Whose budget becomes smaller.
+            target: Whose becomes larger.
+            gpu_us: Charged device-microseconds; 0 for none.
+            tokens: Tokens; 0 for none.
+            by: Pseudonym of who does it.
+            reason: Why; for the record.
+            key: Of this demand: what comes again with it moves nothing.
+
+        Returns:
+            Both accounts as they are then.
+
+        Raises:
+            NoAccount: There is no such account.
+            ValueError: It cannot be moved; the message says why, and nothing was changed.
+        """
+        nodes = (self._node(source), self._node(target))
+        for figure, most in ((gpu_us, MAX_GPU_SECONDS * SECOND_US), (tokens, MAX_TOKENS)):
+            if type(figure) is not int or not 0 <= figure <= most:
+                raise ValueError(f"an amount must be a whole number from 0 to {most}")
+        if not gpu_us and not tokens:
+            raise ValueError("moves nothing; give gpu_us, tokens or both")
+        if not 0 < len(by) <= 256 or not 0 < len(reason) <= 1000:
+            raise ValueError("say who, in 256 characters at most, and why, in 1000 at most")
+        _check_pair(*nodes, self.config)
+        with self.batch():
+            books, now_us, moved = self._books, self._clock(), Amount(gpu_us, tokens)
+            if key is not None and self._moved(key):
+                return self._state(source), self._state(target)
+            rooms = Rooms(books, now_us)
+            for node in nodes:
+                limits = books.limits(node)
+                if (gpu_us and limits[0] is None) or (tokens and limits[1] is None):
+                    raise ValueError(f"account {node.name} has no limit of that kind to move")
+            spare = rooms.spare(source)
+            if positive(moved - spare) != ZERO:
+                raise ValueError(
+                    f"account {source} has {spare.gpu_us} gpu_us and {spare.tokens} tokens that are"
+                    " neither spent nor lent out; what gateways hold returns within seconds"
+                )
+            giver, taker = books.account(source, now_us), books.account(target, now_us)
+            _check_left(nodes[0], giver.moved - moved)
+            larger = taker.moved + moved
+            if larger.gpu_us > MAX_GPU_SECONDS * SECOND_US or larger.tokens > MAX_TOKENS:
+                raise ValueError(f"account {target} would have more than an account may have")
+            giver.moved -= moved
+            taker.moved = larger
+            books.relimit(source)
+            books.relimit(target)
+            books.changes.accounts.update({source: giver, target: taker})
+            entry = Transfer(now_us, source, target, moved, giver.end_us, by, reason, key)
+            books.changes.transfers.append(entry)
+            books.changes.events.append(
+                events.transferred(source, target, moved, giver.end_us, by, reason, now_us)
+            )
+            return self._state(source), self._state(target)
+
+    def _moved(self, key: str) -> bool:
+        """Whether a demand to move budget was carried out, in this batch or before."""
+        if any(entry.key == key for entry in self._books.changes.transfers):
+            return True
+        return self._store.has_transfer(key)
+
+    def transfers(self, limit: int = 1000) -> list[Transfer]:
+        """The newest transfers, newest first."""
+        return self._store.transfers(limit)
+
+    def apply(
+        self, config: BudgetsConfig, by: str | None = None, reason: str | None = None
+    ) -> bool:
+        """Take up another budgets file without a restart; what was spent counts on in it.
+
+        Args:
+            config: What it says.
+            by: Pseudonym of who does it; ``None`` for a build of the application.
+            reason: Why; for the record.
+
+        Returns:
+            Whether it says anything new.
+
+        Raises:
+            ValueError: It spreads accounts over another number of ledgers, or gives an account less
+                than was moved out of it.
+        """
+        if config.shards != self.config.shards:
+            raise ValueError(
+                f"shards is {self.config.shards} here and cannot be changed while ledgers run:"
+                " stop the platform, move the state away, and start with the new file"
+            )
+        with self.batch():
+            before = self.config.digest
+            if config.digest == before:
+                return False
+            tree = Tree(config)
+            if by is not None:
+                for account in self._books.state.accounts.values():
+                    _check_left(tree.node(account.name), account.moved)
+            self.tree = tree
+            self._books.use(self.tree)
+            self._books.changes.settings["budgets_digest"] = config.digest
+            loaded = events.budgets_loaded(config.digest, before, self._clock(), by, reason)
+            self._books.changes.events.append(loaded)
+            return True
+
+    def setting(self, name: str) -> str | None:
+        """A value that was remembered."""
+        return self._store.setting(name)
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep a value with the ledger's database."""
+        with self.batch():
+            self._books.changes.settings[name] = value
+
+    def alerts(self, limit: int = 100) -> list[tuple[int, events.Event]]:
+        """Thresholds that were crossed and not told yet, oldest first; see ``events.alert``.
+
+        Each with a number for ``alerts_done``; one that is not confirmed comes again.
+        """
+        return self._store.alerts(limit)
+
+    def alerts_done(self, up_to: int) -> None:
+        """Forget alerts up to a number: they were delivered, or given up."""
+        with self.batch():
+            self._books.changes.alerts_done = up_to
+
+    def alert_lost(self, alert: Mapping[str, Any], reason: str) -> None:
+        """Put on record that an alert was given up."""
+        with self.batch():
+            self._books.changes.events.append(events.alert_lost(alert, reason, self._clock()))
 
     def sweep(self) -> None:
         """Do what is due: call it about once a second.
@@ -343,8 +511,9 @@ class BudgetLedger:
     def committed(self, account: str) -> Amount:
         """Spent, and what may still be charged under leases."""
         with self.batch():
+            self._books.count()
             found = self._books.view(account, self._clock())
-            return found.spent + self._books.state.outstanding(account)
+            return found.spent + self._books.state.held.get(account, ZERO)
 
     def _dearest(self, base_model: str, weight_milli: int) -> int:
         """Largest weight of the devices that serve a model: which will serve, nobody knows yet."""
@@ -357,15 +526,36 @@ class BudgetLedger:
 
     def _reply(self, request: RenewRequest, seq: int) -> RenewReply:
         leases = self._books.state.leases_at(request.gateway_id)
-        known = [ask.account for ask in request.asks if self.config.account(ask.account)]
+        known = [ask.account for ask in request.asks if self.tree.exists(ask.account)]
+        rooms = Rooms(self._books, self._clock())
         return RenewReply(
             seq,
             self.config.lease.ttl_s * 1000,
             tuple(LeaseState(v.id, v.account, v.hold, v.adjust) for v in leases),
-            tuple(grants.account_state(self._books, name, self._clock()) for name in known),
+            tuple(rooms.state(name) for name in known),
             self.prices(),
-            tuple(a.account for a in request.asks if self.config.account(a.account) is None),
+            tuple(a.account for a in request.asks if not self.tree.exists(a.account)),
+            self.config.digest,
         )
+
+    def _state(self, account: str) -> AccountState:
+        return Rooms(self._books, self._clock()).state(account)
+
+    def _node(self, account: str) -> Node:
+        """An account that the file has, or gives by default.
+
+        Raises:
+            NoAccount: There is none.
+        """
+        if not self._shown(account):
+            raise NoAccount
+        return self.tree.node(account)
+
+    def _shown(self, account: str) -> bool:
+        try:
+            return self.tree.node(account).known
+        except ValueError:
+            return False
 
     def _age_us(self) -> int:
         """How long ledgers have run on this file, by the monotonic clock.
@@ -384,7 +574,7 @@ class BudgetLedger:
 
     def _read(self) -> Books:
         """What the disk has; every lease starts anew, since nobody knows how long it was down."""
-        books = Books(self._store.load(), self._store, self.config)
+        books = Books(self._store.load(), self._store, self.tree)
         self._known = set(books.state.prices)
         now_s = self._monotonic()
         leased = {gateway_id for gateway_id, _ in books.state.leases}
@@ -393,3 +583,45 @@ class BudgetLedger:
         for replica in books.state.replicas.values():
             replica.heard_s = now_s
         return books
+
+
+def _check_left(node: Node, moved: Amount) -> None:
+    """Whether an account has as much by the file as is moved out of it.
+
+    What it lacked would count twice: a limit is not less than nothing, and an override that it was
+    taken from ends.
+
+    Raises:
+        ValueError: It has not.
+    """
+    for limit, change in ((node.limit_us, moved.gpu_us), (node.limit_tokens, moved.tokens)):
+        if limit is not None and limit + change < 0:
+            raise ValueError(
+                f"account {node.name} has {limit} by the file, but {-change} would be moved out of"
+                " it in this window"
+            )
+
+
+def _check_pair(source: Node, target: Node, config: BudgetsConfig) -> None:
+    """Whether budget may be moved between two accounts.
+
+    Raises:
+        ValueError: It may not.
+    """
+    names = f"{source.name} and {target.name}"
+    if source.name == target.name:
+        raise ValueError("source and target are the same account")
+    if source.is_user or target.is_user or "@" in source.name or "@" in target.name:
+        raise ValueError("only departments and their parts have budget that can be moved")
+    if source.parent != target.parent:
+        raise ValueError(f"{names} are not two departments, nor two parts of one")
+    if source.span != target.span:
+        raise ValueError(f"{names} have different windows; a transfer counts within one")
+    if source.cohort != target.cohort:
+        # A cohort's limit is over what its members have: what moves out would be free there again.
+        for name in (source.cohort, target.cohort):
+            cohort = config.cohorts.get(name or "")
+            if cohort is not None and not (cohort.gpu_seconds is None and cohort.tokens is None):
+                raise ValueError(f"{names} are not in one cohort, and cohort {name} has a limit")
+    if config.shards > 1 and source.cohort != target.cohort:
+        raise ValueError(f"{names} may live in different ledgers; move within a cohort")

@@ -164,40 +164,38 @@ class Line:
         if state is None:
             return
         self.state = state
-        self.limited_us = state.limit_us is not None
-        self.limited_tokens = state.limit_tokens is not None
-        self.rest_us = self.rest_tokens = 0
-        if state.limit_us is None:
+        self.limited_us = state.rest_us is not None
+        self.limited_tokens = state.rest_tokens is not None
+        self.rest_us, self.rest_tokens = state.rest_us or 0, state.rest_tokens or 0
+        if not self.limited_us:
             self.hold_us = ENDLESS
-        else:
-            self.rest_us = max(0, state.limit_us - state.spent.gpu_us - state.leased.gpu_us)
-        if state.limit_tokens is None:
+        if not self.limited_tokens:
             self.hold_tokens = ENDLESS
-        else:
-            self.rest_tokens = max(0, state.limit_tokens - state.spent.tokens - state.leased.tokens)
 
     def reachable(self) -> Amount:
         """What a request could get at best, if other gateways gave back what they do not use."""
         state = self.state
-        if state is None:
-            return Amount(ENDLESS, ENDLESS)
         gpu_us = tokens = ENDLESS
-        if state.limit_us is not None:
-            elsewhere = state.leased.gpu_us - state.open.gpu_us
-            gpu_us = max(self.free_us, 0) + self.rest_us + max(0, elsewhere - self.free_us)
-        if state.limit_tokens is not None:
-            elsewhere = state.leased.tokens - state.open.tokens
-            tokens = max(self.free_tokens, 0) + self.rest_tokens
-            tokens += max(0, elsewhere - self.free_tokens)
+        if state is not None and state.reach_us is not None:
+            gpu_us = max(state.reach_us, max(self.free_us, 0) + self.rest_us)
+        if state is not None and state.reach_tokens is not None:
+            tokens = max(state.reach_tokens, max(self.free_tokens, 0) + self.rest_tokens)
         return Amount(gpu_us, tokens)
 
-    def exhausted(self) -> bool:
-        """Whether the whole budget is spent, so that nobody needs to be asked."""
-        state = self.state
-        return state is not None and (
-            (state.limit_us is not None and state.spent.gpu_us >= state.limit_us)
-            or (state.limit_tokens is not None and state.spent.tokens >= state.limit_tokens)
+    def left(self) -> Amount:
+        """What new requests could have at most, by the last renewal; nothing below 0."""
+        return Amount(
+            max(self.free_us, 0) + self.rest_us, max(self.free_tokens, 0) + self.rest_tokens
         )
+
+    def exhausted(self) -> bool:
+        """Whether everything is spent, so that nobody needs to be asked."""
+        return self.state is not None and self.state.over
+
+    @property
+    def stops(self) -> bool:
+        """Whether a running answer stops at the limit."""
+        return self.state is None or self.state.stops
 
     def cushion(self, elapsed_s: float, now_s: float) -> Amount:
         """What to ask for beyond what is needed; ``elapsed_s`` since this was last called."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from governance.types import Amount
 
+NOTHING = Amount()
+
 
 @dataclass(frozen=True, slots=True)
 class MeterRow:
@@ -137,17 +139,33 @@ class LeaseState:
 
 
 @dataclass(frozen=True, slots=True)
-class AccountState:
-    """An account as shown to people and in headers."""
+class Tight:
+    """The account, of those on a path, that leaves least of a quantity."""
 
     account: str
     window: str
-    """``hour``, ``day``, ``week`` or ``month``."""
+    reset_us: int
+    limit: int
+    """What may be used in its window: nominal, transfers and overdraft counted, borrowing not."""
+    spent: int
+    owner: str | None
+    """Who to ask for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountState:
+    """An account as shown to people and in headers, and as gateways reserve by."""
+
+    account: str
+    """``hr``, ``hr/recruiting``, ``hr~<principal key>``, or ``hr@hour`` for a further window."""
+    window: str
+    """A ``WindowKind``."""
     window_start_us: int
     reset_us: int
     """When the window ends; microseconds since 1970 UTC, as ``window_start_us``."""
     limit_us: int | None
-    """Charged device-microseconds per window; ``None`` is no limit."""
+    """Charged device-microseconds per window, an override, transfers and overdraft counted;
+    ``None`` is no limit of its own."""
     limit_tokens: int | None
     spent: Amount
     leased: Amount
@@ -156,6 +174,43 @@ class AccountState:
     """Of ``leased``, what gateways said to be reserved by requests in flight."""
     overridden_until_us: int | None
     """When an override of the limits ends; ``None`` where there is none."""
+    parent: str | None = None
+    """Account above; ``None`` for a department."""
+    cohort: str | None = None
+    owner: str | None = None
+    """Who to ask for more."""
+    mode: str = "hard"
+    """A ``governance.budget.config.Mode``."""
+    priority_class: str = "standard"
+    weight_milli: int = 1000
+    moved: Amount = NOTHING
+    """Transferred in during this window, less transferred out; part of the limits."""
+    overdraft: Amount = NOTHING
+    """Part of the limits."""
+    borrowed: Amount = NOTHING
+    """Used or held beyond the limits, out of what the cohort lends."""
+    borrow: Amount = NOTHING
+    """The most that may be borrowed."""
+    lend: Amount = NOTHING
+    """The most that others may borrow of it."""
+    total: Amount = NOTHING
+    """Spent ever, over all windows."""
+    rest_us: int | None = None
+    """What may still be lent out, all accounts above and borrowing counted; ``None``: nothing on
+    the path limits it."""
+    rest_tokens: int | None = None
+    reach_us: int | None = None
+    """The same, if gateways gave back what no request has reserved."""
+    reach_tokens: int | None = None
+    stops: bool = True
+    """A running answer stops at the limit; ``False`` where every account on the path is soft."""
+    over: bool = False
+    """Some account on the path has spent all it may: nobody needs to be asked."""
+    tight_us: Tight | None = None
+    """Which account limits ``reach_us``."""
+    tight_tokens: Tight | None = None
+    served_us: int = 0
+    """Charged device-microseconds of the department ever: its service, for fair queues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +245,5 @@ class RenewReply:
     prices: tuple[ModelPrice, ...]
     unknown: tuple[str, ...]
     """Accounts that were asked for and do not exist."""
+    digest: str = ""
+    """Of the budgets file that holds; a gateway that has another asks for it."""

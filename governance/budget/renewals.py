@@ -103,7 +103,7 @@ class Renewals:
         self._renew = renew
         self._desk = desk
         self._monotonic = monotonic
-        self._renew_s = renew_s
+        self.renew_s = renew_s
         self._seq = 0
         self._unsent: list[Queued] = []
         self._sent: list[Queued] = []
@@ -185,7 +185,7 @@ class Renewals:
 
     def _pause_s(self) -> float:
         """Until the next renewal; sooner while somebody waits for what others give back."""
-        return self._renew_s / 4 if self._desk.waiting() else self._renew_s
+        return self.renew_s / 4 if self._desk.waiting() else self.renew_s
 
     async def _once(self, *, closing: bool) -> bool:
         """Send the renewal that is in flight, or a new one; whether it was answered."""

@@ -5,9 +5,32 @@ All figures are integers: device-microseconds and tokens, charged unless a colum
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x47484C31
 """``GHL1``: tells a ledger from any other SQLite file."""
+
+_NEW_IN_3 = (
+    """
+    CREATE TABLE alert (                   -- thresholds that were crossed and not told yet
+      seq    INTEGER PRIMARY KEY AUTOINCREMENT,
+      detail TEXT NOT NULL                 -- JSON
+    ) STRICT
+    """,
+    """
+    CREATE TABLE transfer (                -- entries that moved budget from one account to another
+      n        INTEGER PRIMARY KEY,
+      ts_us    INTEGER NOT NULL,
+      source   TEXT NOT NULL,
+      target   TEXT NOT NULL,
+      gpu_us   INTEGER NOT NULL CHECK (gpu_us >= 0),
+      tokens   INTEGER NOT NULL CHECK (tokens >= 0),
+      until_us INTEGER NOT NULL,           -- end of the window in which it counts
+      by       TEXT NOT NULL,
+      reason   TEXT NOT NULL,
+      key      TEXT UNIQUE                 -- of the demand: what comes again is not done again
+    ) STRICT
+    """,
+)
 
 SCHEMA = (
     "CREATE TABLE schema_version (version INTEGER NOT NULL) STRICT",
@@ -21,7 +44,14 @@ SCHEMA = (
       gpu_us    INTEGER NOT NULL CHECK (gpu_us >= 0),   -- spent in this window
       tokens    INTEGER NOT NULL CHECK (tokens >= 0),
       total_gpu_us INTEGER NOT NULL,       -- spent ever; never goes back
-      total_tokens INTEGER NOT NULL
+      total_tokens INTEGER NOT NULL,
+      moved_gpu_us INTEGER NOT NULL DEFAULT 0,      -- transferred in during this window, less out
+      moved_tokens INTEGER NOT NULL DEFAULT 0,
+      alerted_gpu_us INTEGER NOT NULL DEFAULT 0,    -- highest threshold told, per cent
+      alerted_tokens INTEGER NOT NULL DEFAULT 0,
+      standing_gpu_us INTEGER NOT NULL DEFAULT 0,   -- borrowed, older borrowings counting less
+      standing_tokens INTEGER NOT NULL DEFAULT 0,
+      standing_at_us  INTEGER NOT NULL DEFAULT 0
     ) STRICT
     """,
     """
@@ -73,7 +103,7 @@ SCHEMA = (
       engine_us    INTEGER NOT NULL DEFAULT 0,   -- largest charge by an engine
       weight_milli INTEGER NOT NULL DEFAULT 0,   -- of its device; 0: no engine reported yet
       raw_us       INTEGER NOT NULL DEFAULT 0,   -- raw: largest figure of the gateway
-      since_us     INTEGER NOT NULL DEFAULT 0    -- start of the window of its first charge
+      since_us     INTEGER NOT NULL DEFAULT 0    -- when it was first charged
     ) STRICT
     """,
     "CREATE INDEX reservation_open ON reservation (gateway_id, account) WHERE open = 1",
@@ -116,12 +146,28 @@ SCHEMA = (
       detail TEXT NOT NULL                 -- JSON of the event
     ) STRICT
     """,
+    *_NEW_IN_3,
 )
 
-UPGRADES = {
-    1: tuple(
-        f"ALTER TABLE reservation ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0"
-        for name in ("engine_us", "weight_milli", "raw_us", "since_us")
+_FROM_1 = tuple(
+    f"ALTER TABLE reservation ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0"
+    for name in ("engine_us", "weight_milli", "raw_us", "since_us")
+)
+_FROM_2 = (
+    *(
+        f"ALTER TABLE account ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0"
+        for name in (
+            "moved_gpu_us",
+            "moved_tokens",
+            "alerted_gpu_us",
+            "alerted_tokens",
+            "standing_gpu_us",
+            "standing_tokens",
+            "standing_at_us",
+        )
     ),
-}
+    *_NEW_IN_3,
+)
+
+UPGRADES = {1: (*_FROM_1, *_FROM_2), 2: _FROM_2}
 """Statements that make a file of an older version one of ``SCHEMA_VERSION``."""

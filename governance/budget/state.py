@@ -41,6 +41,13 @@ class Account:
     spent: Amount = ZERO
     total: Amount = ZERO
     """Spent ever, over all windows."""
+    moved: Amount = ZERO
+    """Transferred in during this window, less transferred out."""
+    alerted: Amount = ZERO
+    """Highest threshold that was told in this window, per cent, by quantity."""
+    standing: Amount = ZERO
+    """Borrowed, older borrowings counting less; as of ``standing_at_us``."""
+    standing_at_us: int = 0
 
 
 @dataclass(slots=True)
@@ -88,7 +95,7 @@ class Reservation:
     raw_us: int = 0
     """Largest figure of its gateway, raw device-microseconds."""
     since_us: int = 0
-    """Start of the window in which it was first charged."""
+    """When it was first charged; it may be returned to windows that began no later."""
 
 
 @dataclass(slots=True)
@@ -110,11 +117,20 @@ class Lease:
     """Already charged to its open reservations: part of ``bound`` and of the account's sum."""
     reservations: dict[str, Reservation] = field(default_factory=dict)
     """Its open reservations."""
+    counted: Amount = ZERO
+    """``outstanding`` as it is counted in the sums of its path; see ``Books.touch``."""
+    counted_open: Amount = ZERO
+    """``reserved``, the same."""
 
     @property
     def outstanding(self) -> Amount:
         """What may still be charged under this lease."""
         return positive(self.bound - self.open_spent)
+
+    @property
+    def reserved(self) -> Amount:
+        """Of ``outstanding``, what requests in flight have reserved."""
+        return least(self.outstanding, positive(self.open - self.open_spent))
 
 
 METERS = ("elapsed_us", "busy_us", "attributed_us", "unattributed_us")
@@ -154,6 +170,10 @@ class State:
     meters: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Sums over all engines ever by base model, in the order of ``METERS``."""
     prices: dict[str, PriceBook] = field(default_factory=dict)
+    held: dict[str, Amount] = field(default_factory=dict)
+    """Outstanding leases at and under each account."""
+    opened: dict[str, Amount] = field(default_factory=dict)
+    """Of ``held``, what requests in flight have reserved."""
 
     _by_account: dict[str, dict[str, Lease]] = field(default_factory=dict)
     _by_gateway: dict[str, dict[str, Lease]] = field(default_factory=dict)
@@ -177,10 +197,3 @@ class State:
     def leases_at(self, gateway_id: str) -> list[Lease]:
         """Leases of one gateway."""
         return list(self._by_gateway.get(gateway_id, {}).values())
-
-    def outstanding(self, account: str) -> Amount:
-        """What may still be charged under all leases of an account."""
-        total = ZERO
-        for lease in self.leases_of(account):
-            total = total + lease.outstanding
-        return total

@@ -53,11 +53,26 @@ class LedgerStoreError(RuntimeError):
     """The database cannot be used; the message is for the operator."""
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Budget that was moved from one account to another."""
+
+    ts_us: int
+    source: str
+    target: str
+    moved: Amount
+    until_us: int
+    by: str
+    reason: str
+    key: str | None = None
+    """Of the demand; a demand that comes again has the same."""
+
+
 @dataclass(slots=True)
 class Changes:
     """What a batch changed; ``None`` as a row means that it is gone."""
 
-    accounts: dict[str, Account] = field(default_factory=dict)
+    accounts: dict[str, Account | None] = field(default_factory=dict)
     overrides: dict[str, Override | None] = field(default_factory=dict)
     gateways: dict[str, Gateway | None] = field(default_factory=dict)
     leases: dict[str, Lease | None] = field(default_factory=dict)
@@ -70,6 +85,10 @@ class Changes:
     events: list[dict[str, Any]] = field(default_factory=list)
     events_written: int = 0
     """Events up to this number are in the audit trail."""
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+    alerts_done: int = 0
+    """Alerts up to this number are delivered, or given up."""
+    transfers: list[Transfer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -119,8 +138,12 @@ class LedgerStore:
         state = State()
         for row in self._rows("SELECT * FROM account"):
             name, window, start_us, end_us = row[:4]
-            spent, total = Amount(*row[4:6]), Amount(*row[6:8])
-            state.accounts[name] = Account(name, window, start_us, end_us, spent, total)
+            spent, total, moved, alerted, standing = (
+                Amount(*row[i : i + 2]) for i in range(4, 14, 2)
+            )
+            state.accounts[name] = Account(
+                name, window, start_us, end_us, spent, total, moved, alerted, standing, row[14]
+            )
         for row in self._rows("SELECT * FROM override"):
             state.overrides[row[0]] = Override(*row)
         for row in self._rows("SELECT * FROM gateway"):
@@ -158,6 +181,28 @@ class LedgerStore:
         """Audit events that are not written yet, oldest first."""
         rows = self._rows("SELECT seq, detail FROM event ORDER BY seq LIMIT ?", (limit,))
         return [(seq, json.loads(detail)) for seq, detail in rows]
+
+    def alerts(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Alerts that are not delivered yet, oldest first."""
+        rows = self._rows("SELECT seq, detail FROM alert ORDER BY seq LIMIT ?", (limit,))
+        return [(seq, json.loads(detail)) for seq, detail in rows]
+
+    def transfers(self, limit: int) -> list[Transfer]:
+        """The newest entries that moved budget, newest first."""
+        rows = self._rows(
+            "SELECT ts_us, source, target, gpu_us, tokens, until_us, by, reason, key FROM transfer"
+            " ORDER BY n DESC LIMIT ?",
+            (limit,),
+        )
+        return [
+            Transfer(ts_us, source, target, Amount(gpu_us, tokens), until_us, by, reason, key)
+            for ts_us, source, target, gpu_us, tokens, until_us, by, reason, key in rows
+        ]
+
+    def has_transfer(self, key: str) -> bool:
+        """Whether a demand to move budget was carried out."""
+        row = self._connection.execute("SELECT 1 FROM transfer WHERE key = ?", (key,)).fetchone()
+        return row is not None
 
     def save(self, changes: Changes, age_us: int) -> None:
         """Everything that changed is on disk afterwards, or nothing of it is."""
@@ -200,12 +245,11 @@ class LedgerStore:
 
     def _write(self, changes: Changes, age_us: int) -> None:
         many = self._connection.executemany
+        accounts = changes.accounts
+        many("DELETE FROM account WHERE name = ?", [(n,) for n, a in accounts.items() if a is None])
         many(
-            "INSERT OR REPLACE INTO account VALUES (?,?,?,?,?,?,?,?)",
-            [
-                (a.name, a.window, a.start_us, a.end_us, *_pair(a.spent), *_pair(a.total))
-                for a in changes.accounts.values()
-            ],
+            "INSERT OR REPLACE INTO account VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            [_account_row(a) for a in accounts.values() if a is not None],
         )
         # Leases go first: none may be left without room for the one that takes its place.
         gone = [(key,) for key, lease in changes.leases.items() if lease is None]
@@ -232,6 +276,20 @@ class LedgerStore:
         )
         if changes.events_written:
             many("DELETE FROM event WHERE seq <= ?", [(changes.events_written,)])
+        many(
+            "INSERT INTO alert (detail) VALUES (?)",
+            [(json.dumps(alert, separators=(",", ":")),) for alert in changes.alerts],
+        )
+        if changes.alerts_done:
+            many("DELETE FROM alert WHERE seq <= ?", [(changes.alerts_done,)])
+        many(
+            "INSERT INTO transfer (ts_us, source, target, gpu_us, tokens, until_us, by, reason,"
+            " key) VALUES (?,?,?,?,?,?,?,?,?)",
+            [
+                (t.ts_us, t.source, t.target, *_pair(t.moved), t.until_us, t.by, t.reason, t.key)
+                for t in changes.transfers
+            ],
+        )
 
     def _keyed(self, table: str, key: str, rows: Mapping[str, Any], values: Any) -> None:
         """Write or delete the rows of a small table."""
@@ -278,6 +336,12 @@ class LedgerStore:
 
 def _pair(amount: Amount) -> tuple[int, int]:
     return amount.gpu_us, amount.tokens
+
+
+def _account_row(a: Account) -> tuple[Any, ...]:
+    amounts = (a.spent, a.total, a.moved, a.alerted, a.standing)
+    figures = [figure for amount in amounts for figure in _pair(amount)]
+    return (a.name, a.window, a.start_us, a.end_us, *figures, a.standing_at_us)
 
 
 def _reservation(row: tuple[Any, ...]) -> Reservation:

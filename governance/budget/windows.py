@@ -7,6 +7,7 @@ lies in exactly one, also where a clock is put forward or back, and where a zone
   otherwise be two, or one of two hours' length.
 - ``day``, ``week`` (from Monday), ``month``: from local midnight to local midnight, so that a day
   has 23 or 25 hours when the clock changes. A midnight that does not exist begins at the change.
+- ``fiscal-month``: a month that begins on another day than the first, up to the 28th.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class WindowKind(StrEnum):
     DAY = "day"
     WEEK = "week"
     MONTH = "month"
+    FISCAL_MONTH = "fiscal-month"
 
 
-def window_at(kind: str, tz: str, now_us: int) -> tuple[int, int]:
+def window_at(kind: str, tz: str, now_us: int, first_day: int = 1) -> tuple[int, int]:
     """The window that an instant lies in.
 
     Args:
         kind: A ``WindowKind``.
         tz: Name of a time zone (IANA).
         now_us: Microseconds since 1970 UTC.
+        first_day: Day on which a fiscal month begins, 1 to 28.
 
     Returns:
         First microsecond of the window, and first microsecond after it.
@@ -55,8 +58,11 @@ def window_at(kind: str, tz: str, now_us: int) -> tuple[int, int]:
         first = today - timedelta(days=today.weekday())
         after = first + timedelta(days=7)
     else:
-        first = today.replace(day=1)
-        after = (first + timedelta(days=32)).replace(day=1)
+        day = first_day if kind is WindowKind.FISCAL_MONTH else 1
+        first = today.replace(day=day)
+        if first > today:
+            first = (first.replace(day=1) - timedelta(days=1)).replace(day=day)
+        after = (first.replace(day=1) + timedelta(days=32)).replace(day=day)
     return _midnight_us(first, zone), _midnight_us(after, zone)
 
 
@@ -68,3 +74,35 @@ def _midnight_us(day: date, zone: ZoneInfo) -> int:
     """
     local = datetime(day.year, day.month, day.day, tzinfo=zone)
     return (local.astimezone(UTC) - _EPOCH) // timedelta(microseconds=1)
+
+
+_MOST: dict[tuple[WindowKind, WindowKind], int] = {
+    (WindowKind.HOUR, WindowKind.DAY): 25,
+    (WindowKind.HOUR, WindowKind.WEEK): 169,
+    (WindowKind.HOUR, WindowKind.MONTH): 745,
+    (WindowKind.HOUR, WindowKind.FISCAL_MONTH): 745,
+    (WindowKind.DAY, WindowKind.WEEK): 7,
+    (WindowKind.DAY, WindowKind.MONTH): 31,
+    (WindowKind.DAY, WindowKind.FISCAL_MONTH): 31,
+}
+
+
+def most_windows(inner: tuple[str, str, int], outer: tuple[str, str, int]) -> int | None:
+    """How many windows of one span can touch one window of another; ``None`` where it is longer.
+
+    Args:
+        inner: Kind, time zone and first day.
+        outer: The same, of the window that shall hold them.
+    """
+    if inner == outer:
+        return 1
+    kinds = WindowKind(inner[0]), WindowKind(outer[0])
+    months = {WindowKind.MONTH, WindowKind.FISCAL_MONTH}
+    if kinds[0] is kinds[1] or set(kinds) <= months:
+        return 2  # they begin at other times
+    if kinds[0] is WindowKind.WEEK and kinds[1] in months:
+        return 6
+    most = _MOST.get(kinds)
+    if most is None:
+        return None
+    return most if inner[1] == outer[1] else most + 1

@@ -32,6 +32,7 @@ from governance.budget.leases import LeaseBook
 from governance.budget.messages import MeterReport, RenewReply, RenewRequest
 from governance.budget.state import ZERO, largest, least, positive
 from governance.budget.store import LedgerStore
+from governance.budget.tree import Tree
 from governance.errors import BudgetExhausted, LedgerUnavailable
 from governance.types import Amount, Usage
 from tests.budget_world import World, ask, report, row, run
@@ -155,6 +156,7 @@ class Schedule:
             self.renew,
             clock=self.world.clock,
             monotonic=self.world.monotonic,
+            tree=Tree(self.world.budgets),
             chunk_tokens=32,
         )
         self.books[name].start()

@@ -126,7 +126,8 @@ def test_a_refusal_says_account_rest_and_reset() -> None:
     error = run(main)
     assert error.message == (
         "The budget of account hr cannot cover this request. Left until it resets at"
-        " 2025-10-10T00:00:00Z: 70 tokens and 500000 ms of GPU time."
+        " 2025-10-10T00:00:00Z: 70 tokens and 500000 ms of GPU time; used in this day: 0 of 70"
+        " tokens."
     )
     assert error.retry_after_s is not None
     assert 54_000 < error.retry_after_s < 86_400

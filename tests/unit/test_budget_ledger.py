@@ -14,66 +14,13 @@ import pytest
 
 from governance.audit.schema import BY_NAME, EventType
 from governance.budget.config import BudgetsConfig
-from governance.budget.ledger import BudgetLedger
-from governance.budget.messages import LeaseAsk, RenewReply, RenewRequest, Settlement
+from governance.budget.messages import LeaseAsk, RenewRequest, Settlement
 from governance.budget.meters import INTERVAL_US, SILENT_S
 from governance.budget.store import LedgerStore, LedgerStoreError
 from governance.errors import NoAccount
 from governance.types import Amount
-from tests.budget_world import START_US, config, report, row
-
-DAY_US = 86_400_000_000
-LIMIT = Amount(1_000_000_000, 10_000)
-
-
-class Desk:
-    """A ledger with clocks in hand."""
-
-    def __init__(self, folder: Path, budgets: BudgetsConfig | None = None) -> None:
-        self.path = folder / "ledger" / "ledger.sqlite"
-        self.budgets = budgets or config(
-            hr={"tokens": LIMIT.tokens, "gpu_seconds": 1000}, it={"tokens": 500}
-        )
-        self.now_us = START_US
-        self.mono_s = 50.0
-        self.seq = 0
-        self.open()
-
-    def open(self) -> None:
-        self.ledger = BudgetLedger.open(
-            self.path, self.budgets, clock=lambda: self.now_us, monotonic=lambda: self.mono_s
-        )
-
-    def restart(self) -> None:
-        self.ledger._store.close()
-        self.open()
-
-    def pass_s(self, seconds: float) -> None:
-        self.now_us += round(seconds * 1e6)
-        self.mono_s += seconds
-
-    def renew(
-        self,
-        gateway_id: str = "g1",
-        *settlements: Settlement,
-        account: str = "hr",
-        open: int = 0,
-        need: int = 0,
-        cushion: int = 0,
-        seq: int | None = None,
-        closing: bool = False,
-    ) -> RenewReply:
-        self.seq = self.seq + 1 if seq is None else seq
-        ask = LeaseAsk(account, Amount(0, open), Amount(0, need), Amount(0, cushion))
-        request = RenewRequest(gateway_id, self.seq, (ask,), settlements, closing)
-        return self.ledger.renew(request)
-
-    def spent(self, account: str = "hr") -> Amount:
-        (found,) = self.ledger.state(account)
-        return found.spent
-
-    def events(self, kind: EventType) -> list[dict[str, Any]]:
-        return [e for _, e in self.ledger.events() if e["event_type"] == kind.value]
+from tests.budget_desk import DAY_US, LIMIT, Desk, paid
+from tests.budget_world import START_US, report, row
 
 
 @pytest.fixture
@@ -81,19 +28,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(tmp_path)
     yield desk
     desk.ledger._store.close()
-
-
-def paid(number: int = 1, tokens: int = 100, gpu_us: int = 0, gateway_id: str = "g1") -> Settlement:
-    return Settlement(
-        f"rsv_{gateway_id}_{number}",
-        "hr",
-        "req",
-        "tiny",
-        "tiny",
-        gpu_us,
-        Amount(gpu_us, tokens),
-        True,
-    )
 
 
 # Hostile and wrong messages
@@ -420,12 +354,15 @@ def test_events_come_until_they_are_confirmed(desk: Desk) -> None:
 def test_every_event_fits_the_audit_schema(desk: Desk) -> None:
     desk.ledger.report(report(row(1, ended=True, delivered=False), busy_us=5, elapsed_us=10))
     desk.ledger.set_override("hr", 5, 5, desk.now_us + 10**9, "k", "r")
+    desk.ledger.transfer("it", "hr", 0, 1, "k", "r")
     desk.ledger.report(report(row(2), seq=2, dead=True, busy_us=9, unattributed_us=7))
     events = [event for _, event in desk.ledger.events()]
     assert {e["event_type"] for e in events} == {
         EventType.BUDGETS_LOADED,
         EventType.SETTLED,
         EventType.BUDGET_SET,
+        EventType.BUDGET_THRESHOLD,
+        EventType.BUDGET_TRANSFER,
         EventType.METER_INTERVAL,
         EventType.ENGINE_LOST,
     }
@@ -721,7 +658,17 @@ def test_gateways_reserve_for_the_dearest_device(mixed: Desk) -> None:
     assert price.weight_milli == 250
 
 
-def test_a_file_of_the_version_before_is_taken_over(desk: Desk) -> None:
+NEW_IN_3 = (
+    *(
+        f"{kind}_{what}"
+        for kind in ("moved", "alerted", "standing")
+        for what in ("gpu_us", "tokens")
+    ),
+    "standing_at_us",
+)
+
+
+def test_a_file_of_the_first_version_is_taken_over(desk: Desk) -> None:
     desk.renew(need=500)
     desk.ledger.report(report(row(1, answer=40, gpu_us=700)))
     desk.ledger.close()
@@ -733,6 +680,10 @@ def test_a_file_of_the_version_before_is_taken_over(desk: Desk) -> None:
             " settled, ended, unsettled, changed_us FROM new"
         )
         file.execute("DROP TABLE new")
+        file.execute("DROP TABLE alert")
+        file.execute("DROP TABLE transfer")
+        for column in NEW_IN_3:
+            file.execute(f"ALTER TABLE account DROP COLUMN {column}")
         file.execute("UPDATE schema_version SET version = 1")
     file.close()
     desk.open()
