@@ -10,6 +10,7 @@ from typing import Any
 
 from deployments.autoscaling import load_autoscaling
 from deployments.config import ModelConfig
+from deployments.metering.keys import FAIRNESS_VARIABLE
 from governance.types import Operation
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -50,6 +51,8 @@ def engine_environment(
         environ: Where a thread count set by the operator is looked up.
     """
     variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if fairness := environ.get(FAIRNESS_VARIABLE):
+        variables[FAIRNESS_VARIABLE] = fairness
     if not model.is_hub:
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if model.accelerator.kind == "cpu":

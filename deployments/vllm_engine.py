@@ -36,10 +36,12 @@ from deployments.metering.devices import accelerator_name
 from deployments.metering.exchange import MeteredExchange
 from deployments.metering.keys import (
     ACCELERATOR_VARIABLE,
+    FAIR_KEY,
     METER_KEY,
     SOCKET_VARIABLE,
     scheduler_class,
 )
+from deployments.scheduling.terms import Departments, Terms, rank_of
 from governance.errors import ContextLengthExceeded, EngineFailed, LimitExceeded
 
 
@@ -104,6 +106,19 @@ def _admission() -> Admission:
     return admission
 
 
+_DEPARTMENTS = Departments()
+
+
+def _terms(ticket: Ticket) -> list[int]:
+    """What the core's queue must know, by the ticket."""
+    return Terms(
+        _DEPARTMENTS.number(ticket.department),
+        rank_of(ticket.priority),
+        ticket.weight_milli,
+        ticket.served_us,
+    ).dump()
+
+
 class AdmittedLLM(AsyncLLM):
     """Refuses whatever comes without an ``Admission``, and keeps to it."""
 
@@ -126,6 +141,7 @@ class AdmittedLLM(AsyncLLM):
         sampling_params.extra_args = {
             **(sampling_params.extra_args or {}),
             METER_KEY: metered.key,
+            FAIR_KEY: _terms(admission.ticket),
         }
         stream = _counted(
             super().generate(
@@ -156,6 +172,7 @@ class AdmittedLLM(AsyncLLM):
         pooling_params.extra_kwargs = {
             **(pooling_params.extra_kwargs or {}),
             METER_KEY: admission.metered.key,
+            FAIR_KEY: _terms(admission.ticket),
         }
         stream: AsyncGenerator[PoolingRequestOutput, None] = super().encode(
             prompt, pooling_params, request_id, priority=admission.ticket.priority, **options

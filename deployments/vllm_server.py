@@ -35,7 +35,13 @@ from deployments.logs import concern, withhold_content
 from deployments.metering.collector import MeterCollector
 from deployments.metering.reporter import MeterReporter, Send, Watcher
 from deployments.vllm_engine import ADMISSION, Admission, GovernedLLMServer
-from governance.errors import EngineFailed, EngineUnavailable, GatehouseError, InvalidRequest
+from governance.errors import (
+    EngineFailed,
+    EngineUnavailable,
+    GatehouseError,
+    InvalidRequest,
+    Overloaded,
+)
 from governance.types import (
     EngineChunk,
     EngineEvent,
@@ -149,7 +155,9 @@ class VLLMBackend:
 
     def load(self) -> EngineLoad:
         """Current load; see ``Backend.load``."""
-        return self.engine.load()
+        load = self.engine.load()
+        waiting, oldest_us = self.meter.unbegun()
+        return replace(load, waiting_by_class=waiting, oldest_wait_us=oldest_us)
 
     @property
     def dead(self) -> bool:
@@ -216,6 +224,7 @@ class _Exchange:
             yield EngineStarted(
                 self._replica_id, self._version, ENGINE_VERSION, metered.prompt_tokens
             )
+            await self._begun(opening)
             first, stream = await opening
             if stream is None:
                 usage = usage_of(orjson.loads(first.body)["usage"])
@@ -237,6 +246,18 @@ class _Exchange:
                 await self._abort(opening, stream)
             finally:
                 metered.close()
+
+    async def _begun(self, opening: asyncio.Task[Any]) -> None:
+        """Wait for the first output, or until the request has waited too long for its turn.
+
+        Raises:
+            Overloaded: The engine has not begun it within the ticket's patience.
+        """
+        patience_s = self._ticket.patience_ms / 1000
+        if patience_s:
+            await asyncio.wait((opening,), timeout=patience_s)
+            if not opening.done() and not self._metered.begun:
+                raise Overloaded("", None, max(1, round(patience_s)))
 
     async def _finished(self, event: EngineFinished) -> EngineFinished:
         """The last event, with what the request has cost."""

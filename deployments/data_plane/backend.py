@@ -20,6 +20,10 @@ class EngineLoad:
     """Requests that wait for a place in it."""
     kv_usage_milli: int = 0
     """Share of the KV cache in use, in thousandths."""
+    waiting_by_class: tuple[int, int, int] = (0, 0, 0)
+    """Of ``waiting``: critical, standard, batch."""
+    oldest_wait_us: tuple[int, int, int] = (0, 0, 0)
+    """Longest wait of those that wait now, in the same order."""
 
 
 class Backend(Protocol):

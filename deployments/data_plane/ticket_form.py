@@ -1,12 +1,13 @@
 """The form of an admission ticket: a gateway's signed permission for one request to one model.
 
-Encoding (version 1), all integers big-endian:
+Encoding (version 2), all integers big-endian:
 
-    u8 version = 1
+    u8 version = 2
     i64 issued_at_us, i32 priority, u32 max_tokens, u32 context_tokens (0: no bound)
+    u32 weight_milli, i64 served_us, u32 patience_ms
     16 bytes ticket id, 32 bytes SHA-256 of the body
     gateway_id, audience, operation, request_id, decision_id, reservation_id, principal_key,
-    department, replica_id: each u16 length and that many bytes of UTF-8
+    department, replica_id, account: each u16 length and that many bytes of UTF-8
     64 bytes Ed25519 signature over DOMAIN and everything before it
 
 Each value has exactly one encoding, and the signature is checked over the bytes received, so
@@ -19,7 +20,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-VERSION = 1
+VERSION = 2
 DOMAIN = b"gatehouse admission ticket\0"
 """Signed in front of the ticket, so that no other signature of the same key can pass for one."""
 
@@ -28,9 +29,9 @@ START_WINDOW_US = 30_000_000
 MAX_TICKET_BYTES = 4096
 SIGNATURE_BYTES = 64
 
-_FIXED = struct.Struct(">BqiII16s32s")
+_FIXED = struct.Struct(">BqiIIIqI16s32s")
 _LENGTH = struct.Struct(">H")
-_TEXTS = 9
+_TEXTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,14 @@ class Ticket:
     """Replica that the gateway chose, where it is the gateway that chooses. Replicas remember the
     ids they have seen each for itself and until they restart, so a ticket must be good at no other
     one and for no later one."""
+    account: str = ""
+    """Budget account that is charged."""
+    weight_milli: int = 1000
+    """Share of the engine beside other departments, in thousandths."""
+    served_us: int = 0
+    """Charged device-microseconds of the department so far, everywhere, as last heard."""
+    patience_ms: int = 0
+    """Longest wait in the engine's queue; 0 is no bound."""
 
 
 def encode(ticket: Ticket) -> bytes:
@@ -70,6 +79,9 @@ def encode(ticket: Ticket) -> bytes:
             ticket.priority,
             ticket.max_tokens,
             ticket.context_tokens or 0,
+            ticket.weight_milli,
+            ticket.served_us,
+            ticket.patience_ms,
             ticket.ticket_id,
             ticket.body_sha256,
         )
@@ -84,6 +96,7 @@ def encode(ticket: Ticket) -> bytes:
         ticket.principal_key,
         ticket.department,
         ticket.replica_id,
+        ticket.account,
     ):
         raw = text.encode()
         parts.append(_LENGTH.pack(len(raw)))
@@ -99,7 +112,9 @@ def decode(payload: bytes) -> Ticket:
         struct.error: Cut short.
 
     """
-    version, issued, priority, max_tokens, context, ticket_id, digest = _FIXED.unpack_from(payload)
+    version, issued, priority, max_tokens, context, *share, ticket_id, digest = _FIXED.unpack_from(
+        payload
+    )
     if version != VERSION:
         raise ValueError("version")
     texts: list[str] = []
@@ -113,9 +128,9 @@ def decode(payload: bytes) -> Ticket:
         at += length
     if at != len(payload):
         raise ValueError("trailing bytes")
-    gateway, audience, operation, request, decision, reservation, principal, department, replica = (
-        texts
-    )
+    gateway, audience, operation, request, decision, reservation, principal, *rest = texts
+    department, replica, account = rest
+    weight_milli, served_us, patience_ms = share
     return Ticket(
         gateway,
         audience,
@@ -132,4 +147,8 @@ def decode(payload: bytes) -> Ticket:
         ticket_id,
         digest,
         replica,
+        account,
+        weight_milli,
+        served_us,
+        patience_ms,
     )

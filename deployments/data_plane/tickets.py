@@ -130,6 +130,10 @@ class TicketSigner:
                 secrets.token_bytes(16),
                 body_sha256 or hashlib.sha256(dispatch.body).digest(),
                 replica_id,
+                dispatch.account,
+                dispatch.weight_milli,
+                dispatch.served_us,
+                dispatch.patience_ms,
             )
         )
 

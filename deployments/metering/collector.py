@@ -21,6 +21,7 @@ from pathlib import Path
 from deployments.data_plane.ticket_form import Ticket
 from deployments.metering.exchange import MeteredExchange
 from deployments.metering.wire import MAX_DATAGRAM_BYTES, Totals, unpack
+from deployments.scheduling.terms import rank_of
 
 log = logging.getLogger("gatehouse.metering")
 
@@ -154,6 +155,21 @@ class MeterCollector:
             max(0, exchange.submitted - exchange.ended_requests)
             for exchange in self.exchanges.values()
         )
+
+    def unbegun(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Exchanges that wait for their turn, as far as the core has told.
+
+        Returns:
+            How many, and the longest wait in microseconds: critical, standard, batch.
+        """
+        counts, oldest_us, now_s = [0, 0, 0], [0, 0, 0], time.monotonic()
+        for exchange in self.exchanges.values():
+            if exchange.submitted and not exchange.begun and exchange.closed_at_s is None:
+                rank = rank_of(exchange.ticket.priority)
+                counts[rank] += 1
+                waited_us = round((now_s - exchange.opened_at_s) * 1_000_000)
+                oldest_us[rank] = max(oldest_us[rank], waited_us)
+        return (counts[0], counts[1], counts[2]), (oldest_us[0], oldest_us[1], oldest_us[2])
 
     def drain(self) -> None:
         """Read what lies in the socket now."""

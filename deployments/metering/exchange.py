@@ -44,6 +44,7 @@ class MeteredExchange:
         "ended_requests",
         "finished",
         "key",
+        "opened_at_s",
         "prefill_ns",
         "prompt_tokens",
         "submitted",
@@ -68,6 +69,7 @@ class MeteredExchange:
         """The answer was complete."""
         self.delivered = False
         """The final figure was handed to the gateway's connection."""
+        self.opened_at_s = time.monotonic()
         self.closed_at_s: float | None = None
         """When the exchange was over, monotonic; nothing is submitted any more."""
         self.closed_at_step = 0
@@ -87,6 +89,11 @@ class MeteredExchange:
     def metered(self) -> bool:
         """Whether the core has said anything."""
         return bool(self._rows)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the core has worked for it, as far as it has told."""
+        return self.prefill_ns + self.decode_ns > 0
 
     @property
     def total_us(self) -> int:
@@ -179,7 +186,7 @@ class MeteredExchange:
             reservation_id=ticket.reservation_id,
             request_id=ticket.request_id,
             gateway_id=ticket.gateway_id,
-            account=ticket.department,
+            account=ticket.account,
             model=ticket.audience,
             base_model=self.base_model,
             gpu_us=gpu_us,

@@ -1,7 +1,8 @@
-"""vLLM's schedulers with a meter in them. Imports vLLM: runs in the engine core only.
+"""vLLM's schedulers with a meter and a fair queue in them. Imports vLLM: engine core only.
 
 ``deployments.vllm_engine`` names one of the two classes as ``scheduler_cls`` of the resolved
-configuration: the one whose base vLLM would have taken, so that metering decides nothing. Four
+configuration: the one whose base vLLM would have taken, so that metering decides nothing. Who is
+next is decided by ``deployments.scheduling.fair``, which is charged what is metered here. Four
 public methods are wrapped and little is read besides; ``tests/contract/test_vllm_interface.py``
 holds vLLM to all of it:
 
@@ -35,9 +36,13 @@ from deployments.metering.devices import accelerator_name, device
 from deployments.metering.keys import ACCELERATOR_VARIABLE, METER_KEY, SOCKET_VARIABLE
 from deployments.metering.meter import StepMeter
 from deployments.metering.wire import Totals, pack_work
+from deployments.scheduling.fair import FairMixin
 
 if TYPE_CHECKING:
-    _Base = Scheduler
+
+    class _Base(FairMixin, Scheduler):
+        """What the hooks stand over."""
+
 else:
     _Base = object
 
@@ -131,6 +136,7 @@ class MeteredMixin(_Base):
         begin_ns, now_ns = time.monotonic_ns(), self.clock()
         stopped = [request.request_id for request in scheduled if request.is_finished()]
         urgent = self.meter.updated(id(scheduler_output), now_ns, stopped)
+        self.charged(scheduled)
         self.hooks_ns += time.monotonic_ns() - begin_ns
         if urgent or now_ns - self._sent_ns >= SEND_INTERVAL_NS:
             self._send(now_ns)
@@ -169,11 +175,11 @@ class MeteredMixin(_Base):
         self.hooks_ns += time.thread_time_ns() - begin_ns
 
 
-class MeteredScheduler(MeteredMixin, Scheduler):
+class MeteredScheduler(MeteredMixin, FairMixin, Scheduler):
     """For engines that run one step at a time."""
 
 
-class MeteredAsyncScheduler(MeteredMixin, AsyncScheduler):
+class MeteredAsyncScheduler(MeteredMixin, FairMixin, AsyncScheduler):
     """For engines that schedule ahead.
 
     NOTE: vLLM tells by ``AsyncScheduler`` whether a custom class can; see ``keys``.

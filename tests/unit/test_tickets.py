@@ -93,6 +93,7 @@ def test_a_good_ticket_carries_the_decision(signer: TicketSigner, verifier: Tick
         issued_at_us=NOW_US,
         ticket_id=b"",
         body_sha256=b"",
+        account="hr",
     )
     assert verifier.accepted == 1
     assert not any(verifier.refused.values())
@@ -124,12 +125,30 @@ def test_every_cut_and_any_addition_is_refused(
     assert refused(verifier, b"\0" * 10_000) is TicketRefusal.MALFORMED
 
 
+@pytest.mark.parametrize("version", [b"\x00", b"\x01", b"\x03"])
 def test_a_foreign_version_is_refused_though_signed(
-    signer: TicketSigner, verifier: TicketVerifier, key: Ed25519PrivateKey
+    signer: TicketSigner, verifier: TicketVerifier, key: Ed25519PrivateKey, version: bytes
 ) -> None:
     payload = signer.mint(DISPATCH)[:-SIGNATURE_BYTES]
 
-    assert refused(verifier, signed(key, b"\x02" + payload[1:])) is TicketRefusal.MALFORMED
+    assert refused(verifier, signed(key, version + payload[1:])) is TicketRefusal.MALFORMED
+
+
+def test_a_ticket_carries_account_share_and_patience(
+    signer: TicketSigner, verifier: TicketVerifier
+) -> None:
+    dispatch = dataclasses.replace(
+        dispatch_of(BODY, department="hr", account="hr/recruiting"),
+        priority=-10,
+        weight_milli=2500,
+        served_us=1 << 50,
+        patience_ms=1500,
+    )
+    ticket = verifier.verify(signer.mint(dispatch), operation="chat", body=BODY)
+
+    assert (ticket.department, ticket.account) == ("hr", "hr/recruiting")
+    assert (ticket.priority, ticket.weight_milli) == (-10, 2500)
+    assert (ticket.served_us, ticket.patience_ms) == (1 << 50, 1500)
 
 
 def test_bytes_after_the_fields_are_refused_though_signed(
@@ -349,9 +368,9 @@ def test_a_text_longer_than_its_length_field_is_not_minted() -> None:
 def test_the_form_is_as_documented(signer: TicketSigner) -> None:
     raw = signer.mint(DISPATCH)
 
-    assert raw[0] == ticket_form.VERSION == 1
+    assert raw[0] == ticket_form.VERSION == 2
     assert int.from_bytes(raw[1:9], "big") == NOW_US
-    assert raw[69:75] == b"\x00\x04gw-1"
+    assert raw[85:91] == b"\x00\x04gw-1"
 
 
 @pytest.mark.parametrize("named", ["", "replica-1", "replica-22"])
