@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from governance.admission.shedding import QueueLimits
 from governance.selection import AUTO
 from governance.types import ModelInfo, Operation
 
@@ -75,6 +76,63 @@ class ReplicasConfig(Section):
         return self
 
 
+class QueueShares(Section):
+    """How much of a queue each class of service may use, in per cent of `max_waiting`.
+
+    Everybody who waits is counted, whatever the class; of other departments of the same class no
+    more than their part. So batch work is turned away first, critical work last.
+    """
+
+    critical: int = Field(default=100, ge=1, le=100)
+    """Of critical requests."""
+    standard: int = Field(default=80, ge=1, le=100)
+    """Of standard requests."""
+    batch: int = Field(default=50, ge=1, le=100)
+    """Of batch requests."""
+
+    @model_validator(mode="after")
+    def _by_urgency(self) -> "QueueShares":
+        if not self.critical >= self.standard >= self.batch:
+            raise ValueError("a class may not use more of the queue than a more urgent one")
+        return self
+
+
+class QueuePatience(Section):
+    """Longest wait of each class for an engine to begin, in seconds.
+
+    A request whose estimated wait is longer is refused at once (429 `overloaded`, with a
+    `Retry-After`), and one that has waited so long in the engine is ended.
+    """
+
+    critical: float = Field(default=10.0, gt=0, le=86_400)
+    """Of critical requests."""
+    standard: float = Field(default=60.0, gt=0, le=86_400)
+    """Of standard requests."""
+    batch: float = Field(default=600.0, gt=0, le=86_400)
+    """Of batch requests."""
+
+
+class QueueConfig(Section):
+    """Requests that wait for a model's engines, and who is turned away when too many do."""
+
+    max_waiting: int = Field(default=128, ge=1, le=100_000)
+    """Requests that may wait for one replica, of all classes; more are refused with 429
+    `overloaded`. A good value is what a replica completes within the patience of standard
+    requests: a longer queue only holds requests that are ended unserved."""
+    share_percent: QueueShares = QueueShares()
+    patience_s: QueuePatience = QueuePatience()
+
+    @property
+    def limits(self) -> QueueLimits:
+        """The same for ``governance.admission.shedding``."""
+        patience = self.patience_s.model_dump()
+        return QueueLimits(
+            waiting=self.max_waiting,
+            share_percent=self.share_percent.model_dump(),
+            patience_ms={each: round(1000 * value) for each, value in patience.items()},
+        )
+
+
 class ModelConfig(Section):
     """One model: its weights, where it runs, and how vLLM is set up for it."""
 
@@ -94,6 +152,8 @@ class ModelConfig(Section):
     replicas: ReplicasConfig = ReplicasConfig()
     max_in_flight: int = Field(default=256, ge=1)
     """Requests that one replica takes at once; the rest is told to come back."""
+    queue: QueueConfig | None = None
+    """Queue of this model, where it differs from the application's."""
     adapters: tuple[AdapterConfig, ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, passed unchanged."""
@@ -226,6 +286,7 @@ class AppConfig(Section):
     """Path of the models file: what each model can do, and how `auto` chooses among them."""
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
+    queue: QueueConfig = QueueConfig()
     router: RouterConfig = RouterConfig()
 
     @model_validator(mode="after")
@@ -241,6 +302,10 @@ class AppConfig(Section):
             if self.mode == "cluster" and model.is_hub and model.revision is None:
                 raise ValueError(f"model {model.id!r}: pin a revision (commit) of {model.source!r}")
         return self
+
+    def queue_limits(self) -> dict[str, QueueLimits]:
+        """Bounds of the queue of each base model."""
+        return {model.id: (model.queue or self.queue).limits for model in self.models}
 
     def model_infos(self) -> tuple[ModelInfo, ...]:
         """All served ids, adapters included, in file order."""

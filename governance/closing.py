@@ -116,6 +116,8 @@ class TurnCloser:
 
     def _settle(self, turn: Turn) -> None:
         if turn.hold is not None:
-            turn.hold.settle(turn.usage, turn.gpu_us)
+            # Of an answer that was ended here the engine has not said all: see ``Turn.stopped``.
+            whole = turn.stopped is None
+            turn.hold.settle(turn.usage if whole else None, turn.gpu_us if whole else None)
             turn.reservation = turn.hold.reservation
             turn.charged = turn.hold.charged

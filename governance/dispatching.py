@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from governance.classes import effective_class
 from governance.request import forward_body, opening
 from governance.selection import Option
 from governance.types import (
     BudgetAsk,
+    Charge,
     Dispatch,
     InferenceRequest,
     Operation,
@@ -32,6 +34,15 @@ class Plan:
     max_tokens: int
     """Answer tokens per choice."""
     body: bytes
+    charge: Charge
+    """Where it is charged; the department alone where no account was found."""
+    patience_ms: int = 0
+    """Longest wait in the engine's queue; 0 is no bound."""
+
+    @property
+    def priority_class(self) -> str:
+        """Class that counts: the less urgent of the policy's and the account's."""
+        return effective_class(self.option.decision.priority_class, self.charge.priority_class)
 
     @property
     def ask(self) -> BudgetAsk:
@@ -39,7 +50,7 @@ class Plan:
         embeddings = self.request.operation is Operation.EMBEDDINGS
         return BudgetAsk(
             request_id=self.request_id,
-            department=self.principal.department,
+            account=self.charge.account,
             model=self.option.model.id,
             base_model=self.option.model.base,
             operation=self.request.operation,
@@ -50,7 +61,7 @@ class Plan:
 
     def dispatch(self, reservation: Reservation) -> Dispatch:
         """What goes to the engine, under a reservation."""
-        decision, department = self.option.decision, self.principal.department
+        department = self.principal.department
         return Dispatch(
             request_id=self.request_id,
             decision_id=self.decision_id,
@@ -59,12 +70,16 @@ class Plan:
             operation=self.request.operation,
             body=self.body,
             principal_key=self.principal.key,
-            department=department,
-            priority=PRIORITY[decision.priority_class],
+            department=self.charge.department,
+            account=self.charge.account,
+            priority=PRIORITY[self.priority_class],
             max_tokens=self.max_tokens * self.request.choices,
             reservation_id=reservation.id,
+            weight_milli=self.charge.weight_milli,
+            served_us=self.charge.served_us,
+            patience_ms=self.patience_ms,
             affinity=affinity_key(department, opening(self.request)),
-            context_tokens=decision.limits.context_tokens,
+            context_tokens=self.option.decision.limits.context_tokens,
         )
 
 
@@ -75,6 +90,8 @@ def plan(
     request: InferenceRequest,
     option: Option,
     max_answer_tokens: int,
+    charge: Charge | None = None,
+    patience_ms: int = 0,
 ) -> Plan:
     """Fix the answer's length and the bytes of one request at one model.
 
@@ -85,16 +102,23 @@ def plan(
         request: What is asked, as it shall be forwarded.
         option: The model, with what the policy says of it.
         max_answer_tokens: Answer tokens per choice where neither client nor policy sets a bound.
+        charge: Where it is charged; ``None`` where there is no account, which the ledger will say.
+        patience_ms: Longest wait in the engine's queue; 0 is no bound.
     """
     most = _answer_tokens(request, option, max_answer_tokens)
+    if charge is None:
+        charge = Charge(principal.department, principal.department)
+    urgency = effective_class(option.decision.priority_class, charge.priority_class)
     body = forward_body(
         request,
         model=option.model.id,
         max_tokens=most,
         cache_salt=principal.department,
-        priority=PRIORITY[option.decision.priority_class],
+        priority=PRIORITY[urgency],
     )
-    return Plan(request_id, decision_id, principal, request, option, most, body)
+    return Plan(
+        request_id, decision_id, principal, request, option, most, body, charge, patience_ms
+    )
 
 
 def _answer_tokens(request: InferenceRequest, option: Option, max_answer_tokens: int) -> int:

@@ -219,15 +219,40 @@ class TooManyParallel(RateLimited):
 
 
 @dataclass(frozen=True, slots=True)
+class Allowed:
+    """What an account that cannot cover a request would still cover; estimates."""
+
+    answer_tokens: int
+    """Longest answer per choice to the same prompt by the same model; 0 for none."""
+    model: str | None = None
+    """A model of the small tier that may be asked instead, where one fits."""
+    model_answer_tokens: int = 0
+    """Longest answer per choice to the same prompt by that model."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shortage:
     """What is left of an account that cannot cover a request; ``None`` where it has no limit."""
 
     account: str
+    """What ran out: the account that is charged, or one above it."""
     reset_us: int
     """When the budget is fresh again, microseconds since 1970 UTC."""
     gpu_us: int | None
     """Charged device-microseconds that a smaller request could still have."""
     tokens: int | None
+    window: str | None = None
+    """Kind of the window that ends then, such as ``month``."""
+    quantity: str | None = None
+    """``tokens`` or ``gpu_time``: which of the two is short."""
+    limit: int | None = None
+    """Of that quantity in the window: tokens, or charged device-microseconds."""
+    spent: int | None = None
+    """Of that quantity so far; same unit."""
+    owner: str | None = None
+    """Who owns the budget."""
+    allowed: Allowed | None = None
+    """What could be asked for instead; ``None`` where that was not looked at."""
 
 
 class BudgetExhausted(RateLimited):

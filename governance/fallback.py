@@ -1,6 +1,9 @@
 """Which model is tried next when one cannot answer and nothing was released yet.
 
-Only where the platform chose the model (``auto``): who names a model gets that one or an error.
+Where the platform chose the model (``auto``). Who names a model gets that one or an error, unless
+policy lets the small tier answer in its place (``on_exhaustion``): then only a budget or a queue
+that has no room for it leads there, and the reason of the route says so.
+
 A request is never sent to a second replica of the same model once one has begun it, because it
 might be what killed the first; it goes on once, to the other tier, and risks one replica there.
 
@@ -27,6 +30,7 @@ from governance.errors import (
 )
 from governance.selection import TIERS, Option
 from governance.types import ModelInfo, Route
+from routing.reasons import Instead
 
 _BEGUN = (EngineTimeout, EngineFailed)
 """An engine may have begun the request."""
@@ -51,6 +55,8 @@ class Fallbacks:
         """Model whose answer was not kept, and would still do."""
         self._risked = False
         """An engine has failed with the request."""
+        self._refused: GatehouseError | None = None
+        """Why the model that was named has no room for the request."""
 
     @property
     def option(self) -> Option:
@@ -60,7 +66,7 @@ class Fallbacks:
     def after(self, error: GatehouseError | Escalated) -> Route | None:
         """The next route after a failure or an escalation; ``None`` where the failure stands."""
         if not self._route.auto:
-            return None
+            return self._instead(error)
         current = self._route.model
         model = next((m for m in self._left if self._suits(error, current, m)), None)
         if model is None:
@@ -84,6 +90,33 @@ class Fallbacks:
                 "tier": model.tier,
                 "chosen_tier": self._chosen_tier,
             },
+        )
+        return self._route
+
+    def standing(self, error: GatehouseError | Escalated) -> GatehouseError | Escalated:
+        """The failure to tell where none is left: a caller who named a model is told of that one.
+
+        A stand-in that broke is told as what it is.
+        """
+        if self._refused is None or not isinstance(error, GatehouseError) or error.status >= 500:
+            return error
+        return self._refused
+
+    def _instead(self, error: GatehouseError | Escalated) -> Route | None:
+        """The next model of the small tier, where the named one has no room and policy permits."""
+        if not isinstance(error, BudgetExhausted | Overloaded) or not self._left:
+            return None
+        reason = Instead.BUDGET if isinstance(error, BudgetExhausted) else Instead.LOAD
+        named = self._route.instead_of or self._route.model.id
+        if self._refused is None:
+            self._refused = error
+            self._route = replace(self._route, reason=reason)
+        model = self._left.pop(0)
+        self._route = replace(
+            self._route,
+            model=model,
+            instead_of=named,
+            detail={**self._route.detail, "tier": model.tier, "chosen_tier": self._chosen_tier},
         )
         return self._route
 

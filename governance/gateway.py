@@ -1,8 +1,8 @@
 """The path of a request, top to bottom.
 
     identify -> model visible? -> rate and parallel limits -> inspect input -> decide -> route
-      -> reserve -> record "decided" -> stream -> inspect output -> settle -> record "completed"
-      -> release the end
+      -> enter the queue -> reserve -> record "decided" -> stream -> inspect output -> settle
+      -> record "completed" -> release the end
 
 ``Gateway.exchange`` names every stage once, in this order. It knows no HTTP, no Ray and no
 engine: each stage is a port (``governance.ports``), given at construction.
@@ -15,23 +15,28 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from governance.admission.limits import RateLimiter
+from governance.admission.shedding import Applicant, LoadShedder, Place, overloaded
+from governance.advice import advised
+from governance.budget.messages import AccountState
+from governance.classes import effective_class
 from governance.closing import TurnCloser
-from governance.dispatching import plan
+from governance.dispatching import Plan, plan
 from governance.drafts import DraftReader, Escalated, can_draft, with_logprobs
 from governance.errors import (
+    BudgetExhausted,
     ClientClosed,
     ContextLengthExceeded,
     GatehouseError,
     InternalError,
     InvalidRequest,
+    NoAccount,
 )
 from governance.fallback import Fallbacks
 from governance.inspection.walker import walk
 from governance.nulls import NullObserver
-from governance.outlet import Outlet, finish_reason
 from governance.ports import (
     AuditLog,
     Authenticator,
@@ -41,18 +46,25 @@ from governance.ports import (
     Inspector,
     Ledger,
     Observer,
-    OutputInspection,
     Policy,
     Router,
 )
 from governance.request import parse_request, token_prompts, with_text_prompts
-from governance.selection import AUTO, Option, Selection, admitted, allowed, rate_limits
+from governance.selection import (
+    AUTO,
+    LARGE,
+    SMALL,
+    Option,
+    Selection,
+    admitted,
+    allowed,
+    rate_limits,
+)
+from governance.streaming import Accepted, Answer, AnswerStream, GatewayEvent
 from governance.tracebacks import without_messages
 from governance.types import (
+    Charge,
     Dispatch,
-    EngineChunk,
-    EngineFinished,
-    EngineStarted,
     InferenceRequest,
     ModelInfo,
     Operation,
@@ -60,8 +72,11 @@ from governance.types import (
     Principal,
     Route,
     RouteAsk,
+    Shed,
     Turn,
 )
+
+__all__ = ["Accepted", "Answer", "Call", "Gateway", "GatewayEvent"]
 
 log = logging.getLogger("gatehouse.gateway")
 
@@ -87,26 +102,6 @@ class Call:
     """Given the turn at once: a refusal too is told with what is known by then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """An engine has taken the request; the answer follows."""
-
-    request: InferenceRequest
-    turn: Turn
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The rest of a turn that ended well, released after its record is durable."""
-
-    tail: bytes
-    """Events (or body) held back until now."""
-    finished: EngineFinished
-
-
-GatewayEvent = Accepted | EngineChunk | Answer
-
-
 class Gateway:
     """Serves requests under governance; one per gateway process, shared by all requests."""
 
@@ -126,6 +121,7 @@ class Gateway:
         max_answer_tokens: int,
         monotonic: Clock = lambda: time.monotonic_ns() // 1000,
         observer: Observer = _UNOBSERVED,
+        shedder: LoadShedder | None = None,
     ) -> None:
         self.selection = Selection(models, policy, choices=router.choices)
         self.authenticator = authenticator
@@ -139,7 +135,14 @@ class Gateway:
         self.clock = clock
         self.monotonic = monotonic
         self.max_answer_tokens = max_answer_tokens
+        bases = sorted({model.base for model in models})
+        self.shedder = shedder or LoadShedder(
+            bases, lambda base: self.engine.load(base), lambda: monotonic() / 1e6
+        )
         self._closer = TurnCloser(audit, observer, clock)
+        self._streams = AnswerStream(
+            engine, lambda turn: self.inspector.open_output(turn), audit, self._closer, clock
+        )
 
     async def exchange(self, call: Call) -> AsyncGenerator[GatewayEvent, None]:
         """Serve one request: ``Accepted``, chunks as they may be released, ``Answer``.
@@ -165,6 +168,8 @@ class Gateway:
                 turn.input_inspection = await self.inspector.inspect_input(walk(request))
                 turn.lap("inspect_input")
                 options = self._decide(turn, principal, request, options)
+                turn.charge = self._charge(principal)
+                options += self._stand_ins(turn, principal, request, options)
                 turn.lap("decide")
                 turn.route = await self._route(turn, principal, request, options)
                 turn.lap("route")
@@ -240,6 +245,30 @@ class Gateway:
         turn.decision = options[0].decision
         return allowed(options)
 
+    def _charge(self, principal: Principal) -> Charge | None:
+        """Where the request is charged; that there is no account is said when it is reserved."""
+        try:
+            return self.ledger.charge(principal)
+        except NoAccount:
+            return None
+
+    def _stand_ins(
+        self,
+        turn: Turn,
+        principal: Principal,
+        request: InferenceRequest,
+        options: Sequence[Option],
+    ) -> tuple[Option, ...]:
+        """Models that policy lets answer in place of a large one that was named."""
+        named = options[0]
+        if (
+            request.model == AUTO
+            or named.model.tier != LARGE
+            or named.decision.on_exhaustion != SMALL
+        ):
+            return ()
+        return self.selection.stand_ins(principal, request, turn.input_inspection)
+
     async def _route(
         self,
         turn: Turn,
@@ -247,18 +276,32 @@ class Gateway:
         request: InferenceRequest,
         options: Sequence[Option],
     ) -> Route:
+        auto = request.model == AUTO
+        models = tuple(option.bounded for option in options)
+        turn.account = self._usage(turn, principal)
         return await self.router.route(
             RouteAsk(
                 request_id=turn.request_id,
                 request=request,
-                permitted=tuple(option.bounded for option in options),
-                auto=request.model == AUTO,
+                permitted=models if auto else models[:1],
+                auto=auto,
                 department=principal.department,
                 principal_key=principal.key,
-                priority_class=options[0].decision.priority_class,
-                account=self.ledger.usage(principal.department),
+                priority_class=self._urgency(turn, options[0]),
+                account=turn.account,
+                stand_ins=() if auto else models[1:],
             )
         )
+
+    @staticmethod
+    def _urgency(turn: Turn, option: Option) -> str:
+        """Class that counts at a model: the policy's or the account's, whichever is less urgent."""
+        given = None if turn.charge is None else turn.charge.priority_class
+        return effective_class(option.decision.priority_class, given)
+
+    def _usage(self, turn: Turn, principal: Principal) -> AccountState | None:
+        charge = turn.charge
+        return self.ledger.usage(principal.department if charge is None else charge.account)
 
     async def _answer(
         self,
@@ -269,25 +312,32 @@ class Gateway:
     ) -> AsyncGenerator[GatewayEvent, None]:
         """Reserve, record and stream; at the next model, while nothing was released yet."""
         fallbacks = Fallbacks(turn.route, options)
-        released = False
+        released, planned, first = False, None, None
         while True:
             try:
                 reader = self._reader(turn, request)
                 asked = with_logprobs(request) if reader else request
-                hold, dispatch = await self._reserve(turn, principal, asked, fallbacks.option)
-                turn.lap("reserve")
-                await self.audit.decided(turn)
-                turn.lap("record_decided")
-                stream = self._stream(turn, request, hold, dispatch, reader)
-                async with aclosing(stream) as events:
-                    async for event in events:
-                        released = True
-                        yield event
+                planned = self._plan(turn, principal, asked, fallbacks.option)
+                first = first or planned
+                with self._enter(turn, planned) as place:
+                    hold, dispatch = await self._reserve(turn, principal, planned)
+                    turn.lap("reserve")
+                    await self.audit.decided(turn)
+                    turn.lap("record_decided")
+                    stream = self._streams.run(turn, request, hold, dispatch, reader, place)
+                    async with aclosing(stream) as events:
+                        async for event in events:
+                            released = True
+                            yield event
                 return
             except (GatehouseError, Escalated) as error:
                 route = None if released else fallbacks.after(error)
                 if route is None:
-                    raise
+                    standing = fallbacks.standing(error)
+                    refused = planned if standing is error else first
+                    if released or (told := self._told(turn, refused, standing)) is error:
+                        raise
+                    raise told from None
                 await self._closer.supersede(turn, error)
                 turn.route = route
 
@@ -299,10 +349,10 @@ class Gateway:
             return None
         return DraftReader(route.draft, request)
 
-    async def _reserve(
+    def _plan(
         self, turn: Turn, principal: Principal, request: InferenceRequest, option: Option
-    ) -> tuple[Hold, Dispatch]:
-        """Fix the exact bytes that the engine will get, and reserve what they may cost."""
+    ) -> Plan:
+        """Fix the exact bytes that the engine will get."""
         turn.decision = option.decision
         planned = plan(
             turn.request_id,
@@ -311,91 +361,41 @@ class Gateway:
             request,
             option,
             self.max_answer_tokens,
+            turn.charge,
+            self.shedder.patience_ms(option.model.base, self._urgency(turn, option)),
         )
         turn.max_tokens, turn.body = planned.max_tokens, planned.body
+        return planned
+
+    def _enter(self, turn: Turn, planned: Plan) -> Place:
+        """A place in the model's queue; a request that would not be served in time gets none."""
+        charge = planned.charge
+        applicant = Applicant(planned.priority_class, charge.department, charge.weight_milli)
+        found = self.shedder.enter(planned.option.model.base, applicant)
+        if isinstance(found, Shed):
+            turn.shed = found
+            raise overloaded(found)
+        return found
+
+    async def _reserve(
+        self, turn: Turn, principal: Principal, planned: Plan
+    ) -> tuple[Hold, Dispatch]:
+        """Reserve what the request may cost."""
         try:
             turn.hold = hold = await self.ledger.reserve(planned.ask)
         finally:
-            turn.account = self.ledger.usage(principal.department)
+            turn.account = self._usage(turn, principal)
         turn.reservation = hold.reservation
         return hold, planned.dispatch(hold.reservation)
 
-    async def _stream(
-        self,
-        turn: Turn,
-        request: InferenceRequest,
-        hold: Hold,
-        dispatch: Dispatch,
-        reader: DraftReader | None,
-    ) -> AsyncGenerator[GatewayEvent, None]:
-        """Stream from the engine through output inspection; hold the end until it is recorded.
-
-        The hold grows chunk by chunk ahead of the engine: when the account is used up, the stream
-        is closed, which aborts the engine's work. ``Accepted`` comes with the first piece, so
-        that until then another model can answer, or an error be told as one.
-        """
-        inspection = self.inspector.open_output(turn)
-        outlet = Outlet(request.choices)
-        finished: EngineFinished | None = None
-        async with aclosing(self.engine.stream(dispatch)) as events:
-            async for event in events:
-                if isinstance(event, EngineChunk):
-                    if hold.consumed(event.tokens, event.gpu_us):
-                        await hold.extend()
-                    outlet.take(inspection.feed(reader.read(event) if reader else event))
-                    if reader and not reader.judged:
-                        if not reader.due:
-                            continue
-                        self._judge(turn, reader, inspection, outlet)
-                    for piece in outlet.ready():
-                        if not turn.first_chunk_us:
-                            turn.first_chunk_us = self.clock()
-                            yield Accepted(request, turn)
-                        turn.sent_bytes += len(piece.data)
-                        self.audit.output(turn, piece.data)
-                        yield piece
-                elif isinstance(event, EngineStarted):
-                    turn.accepted_us = self.clock()
-                    turn.replica_id = event.replica_id
-                    turn.replicas_asked = event.replicas_asked
-                    turn.model_version = event.model_version
-                    turn.engine_version = event.engine_version
-                    if event.prompt_tokens:
-                        await hold.started(event.prompt_tokens)
-                    turn.lap("engine_start")
-                else:
-                    finished = event
-        if finished is None:
-            raise InternalError()
-        turn.usage, turn.gpu_us = finished.usage, finished.gpu_us
-        if reader and not reader.judged:
-            self._judge(turn, reader, inspection, outlet)
-        rest, turn.output_inspection = inspection.finish()
-        outlet.take(rest)
-        tail = outlet.rest()
-        if not turn.first_chunk_us:
-            turn.first_chunk_us = self.clock()
-            yield Accepted(request, turn)
-        turn.finish_reason = finish_reason(tail)
-        turn.sent_bytes += len(tail)
-        self.audit.output(turn, tail)
-        turn.outcome, turn.status = Outcome.COMPLETED, 200
-        await self._closer.close(turn)
-        yield Answer(tail, finished)
-
-    def _judge(
-        self, turn: Turn, reader: DraftReader, inspection: OutputInspection, outlet: Outlet
-    ) -> None:
-        """Keep the answer that was held back, or record it and leave it to the next model."""
-        try:
-            verdict = reader.judge()
-        except Escalated:
-            rest, turn.output_inspection = inspection.finish()
-            outlet.take(rest)
-            self.audit.output(turn, outlet.rest())
-            raise
-        if turn.route is not None:
-            turn.route = replace(turn.route, detail={**turn.route.detail, **verdict.detail})
+    def _told(
+        self, turn: Turn, planned: Plan | None, error: GatehouseError | Escalated
+    ) -> GatehouseError | Escalated:
+        """A failure as the caller is told it: want of budget with what would be allowed."""
+        if not isinstance(error, BudgetExhausted) or planned is None or turn.principal is None:
+            return error
+        others = self.selection.stand_ins(turn.principal, planned.request, turn.input_inspection)
+        return advised(error, self.ledger, planned.ask, others)
 
     # -- the end ------------------------------------------------------------------------------
 

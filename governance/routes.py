@@ -19,12 +19,16 @@ from governance.types import InferenceRequest, ModelInfo, Route, RouteAsk
 from routing.auto import AutoAsk, AutoRouter, Candidate
 from routing.cards import ModelCard
 from routing.conversation import affinity_key
-from routing.need import Need
+from routing.need import Need, fits
 from routing.types import ModelLoad
 
 QUESTION_CHARS = 4_096
 """A longer question is cut to half of this from either end: the scorer reads less, and a score may
 be asked of another process."""
+
+_HOUR_US = 3_600_000_000
+_MONTH_US = 30 * 24 * _HOUR_US
+_LENGTH_US = {"hour": _HOUR_US, "day": 24 * _HOUR_US, "week": 7 * 24 * _HOUR_US}
 
 _JSON_FORMATS = ("json_object", "json_schema")
 
@@ -54,13 +58,14 @@ class AutoRouting:
         self.choices = choices
         self._load = load
         self._price = price
+        self._cards = {card.id: card for card in cards}
         self._on_card = {card.id: card.price for card in cards if card.price is not None}
         self._clock = clock
 
     async def route(self, ask: RouteAsk) -> Route:
         """The model that was named, or the router's choice with what it rests on."""
         if not ask.auto:
-            return Route(ask.permitted[0], "named")
+            return Route(ask.permitted[0], "named", fallbacks=self._able(ask))
         models = {model.id: model for model in ask.permitted}
         choice = await self.router.choose(
             AutoAsk(
@@ -85,6 +90,21 @@ class AutoRouting:
             draft=choice.draft,
             may_rise=choice.may_rise,
             detail={**choice.detail, **self._large_price(ask.permitted)},
+        )
+
+    def _able(self, ask: RouteAsk) -> tuple[ModelInfo, ...]:
+        """Of the models that may stand in for a named one, those that can do the request.
+
+        One without a card may be able to, and is left in.
+        """
+        if not ask.stand_ins:
+            return ()
+        need = need_of(ask.request, self._tokens_per_kib(ask.stand_ins))
+        return tuple(
+            model
+            for model in ask.stand_ins
+            if (card := self._cards.get(model.id)) is None
+            or fits(card, model.context_tokens, need) is None
         )
 
     def _tokens_per_kib(self, models: Sequence[ModelInfo]) -> int:
@@ -146,21 +166,30 @@ def pressure_milli(account: AccountState | None, now_us: int) -> int:
     """How much of its budget a department uses, against how much of the window is gone.
 
     1000 is on pace to use the budget up exactly at the window's end; 0 where there is no limit. Of
-    two limits the tighter counts.
+    the limits of the account, and of what limits it from above, the tightest counts.
     """
     if account is None:
         return 0
-    used = [
-        1000 * (spent + held) // limit
+    start_us, reset_us = account.window_start_us, account.reset_us
+    paces = [
+        _pace_milli(limit, spent + held, start_us, reset_us, now_us)
         for limit, spent, held in (
             (account.limit_us, account.spent.gpu_us, account.open.gpu_us),
             (account.limit_tokens, account.spent.tokens, account.open.tokens),
         )
         if limit
     ]
-    if not used:
-        return 0
-    window_us = max(1, account.reset_us - account.window_start_us)
-    gone = max(0, min(window_us, now_us - account.window_start_us))
+    for tight in (account.tight_us, account.tight_tokens):
+        if tight is not None and tight.account != account.account and tight.limit > 0:
+            # Only its end is known here; months are taken for one length.
+            start_us = tight.reset_us - _LENGTH_US.get(tight.window, _MONTH_US)
+            paces.append(_pace_milli(tight.limit, tight.spent, start_us, tight.reset_us, now_us))
+    return max(paces, default=0)
+
+
+def _pace_milli(limit: int, used: int, start_us: int, reset_us: int, now_us: int) -> int:
+    """Use of one limit against its pace."""
+    window_us = max(1, reset_us - start_us)
+    gone = max(0, min(window_us, now_us - start_us))
     # A tenth of the window at least: one large request in its first minute is no trend.
-    return max(used) * window_us // max(gone, window_us // 10, 1)
+    return (1000 * used // limit) * window_us // max(gone, window_us // 10, 1)

@@ -24,7 +24,7 @@ from governance.types import (
 AUTO = "auto"
 """Model id by which a caller leaves the choice to the platform; no model may be called so."""
 
-TIERS = ("small", "large")
+SMALL, LARGE = TIERS = ("small", "large")
 """Tiers that ``auto`` chooses among, cheapest first."""
 
 
@@ -100,6 +100,31 @@ class Selection:
         return tuple(
             Option(model, self._policy.decide(principal, model, operation, inspection))
             for model in models
+        )
+
+    def stand_ins(
+        self,
+        principal: Principal,
+        request: InferenceRequest,
+        inspection: Inspection | None = None,
+    ) -> tuple[Option, ...]:
+        """Models of the small tier that might answer in place of the one that is named.
+
+        In catalogue order. Adapters are not among them, since what they are for is not known here.
+        """
+        models = [
+            model
+            for model in self.models.values()
+            if model.tier == SMALL
+            and model.base == model.id != request.model
+            and request.operation in model.operations
+        ]
+        asked = (request.max_tokens or 1) * request.choices
+        return tuple(
+            option
+            for option in self.decide(principal, models, request, inspection)
+            if option.decision.effect is Effect.ALLOW
+            and asked <= (option.decision.limits.max_tokens or asked)
         )
 
 

@@ -198,7 +198,7 @@ class ShadowRunner:
 
     def _look(self, turn: Turn, raw: bytes | bytearray) -> Offer | str:
         """The offer of a turn, or why there is none."""
-        if turn.outcome is not Outcome.COMPLETED or turn.superseded is not None:
+        if turn.outcome is not Outcome.COMPLETED or turn.superseded or turn.stopped:
             return "not_answered"
         route, request, decided = turn.route, turn.request, turn.decided_event_id
         if route is None or request is None or turn.principal is None or decided is None:

@@ -22,6 +22,7 @@ from governance.nulls import NullObserver
 from governance.ports import AuditLog, Clock, Engine, Hold, Ledger, Policy
 from governance.selection import Option
 from governance.types import (
+    Charge,
     Dispatch,
     Effect,
     EngineChunk,
@@ -125,8 +126,16 @@ class ShadowExchange:
         """
         option = self._option(offer)
         name, decision_id = f"{offer.request_id}-shadow", f"{offer.decision_id}-shadow"
+        # The engine reports what it metered under the account of the ticket: who pays.
+        charge = Charge(self.account, self.account, "batch")
         planned = plan(
-            name, decision_id, offer.principal, offer.request, option, self.max_answer_tokens
+            name,
+            decision_id,
+            offer.principal,
+            offer.request,
+            option,
+            self.max_answer_tokens,
+            charge,
         )
         turn = Turn(
             request_id=name,
@@ -137,17 +146,17 @@ class ShadowExchange:
             request=offer.request,
             input_inspection=offer.inspection,
             decision=option.decision,
+            charge=charge,
             route=Route(offer.large, REASON),
             body=planned.body,
             max_tokens=planned.max_tokens,
         )
         try:
-            hold = await self.ledger.reserve(replace(planned.ask, department=self.account))
+            hold = await self.ledger.reserve(planned.ask)
         except GatehouseError as error:
             raise NotRun(error.code, pause=True) from None
         turn.hold, turn.reservation = hold, hold.reservation
-        # The engine reports what it metered under the department of the ticket: who pays.
-        dispatch = replace(planned.dispatch(hold.reservation), department=self.account)
+        dispatch = planned.dispatch(hold.reservation)
         try:
             await self.audit.decided(turn)
             text = await self._stream(turn, hold, dispatch)

@@ -1,7 +1,8 @@
 """Why ``auto`` chose what it chose: every reason that can stand in headers, metrics and records.
 
-A choice says ``auto:<tier> <reason>``, such as ``auto:small gain below threshold``. There are no
-others, so a reason can be the label of a metric.
+A choice says ``auto:<tier> <reason>``, such as ``auto:small gain below threshold``; what stands in
+for a model that was named says ``Instead``. There are no others, so a reason can be the label of a
+metric.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ class Reason(StrEnum):
     """The tier that was wanted has no free slot at this gateway."""
     LOAD_QUEUES = "other tier queues"
     """Requests wait in the tier that was wanted, none in this one, and the request is critical."""
+
+
+class Instead(StrEnum):
+    """Why a model of the small tier answers, where policy permits it, and a large one was named."""
+
+    BUDGET = "budget:small instead of large"
+    """The budget cannot cover the request at the large model."""
+    LOAD = "load:small instead of large"
+    """The large model's queue has no room for it."""
 
 
 class Judgement(StrEnum):

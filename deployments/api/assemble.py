@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from governance.stopping import usage_object
 from governance.types import Operation, Usage
 
 _PREFIX = b"data: "
@@ -26,16 +27,6 @@ def events(data: bytes) -> Iterator[dict[str, Any]]:
     for event in data.split(b"\n\n"):
         if event:
             yield orjson.loads(event[len(_PREFIX) :])
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Usage as OpenAI's object."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
 
 
 def with_field(data: bytes, closing: bytes, name: str, value: object) -> bytes:

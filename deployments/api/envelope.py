@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from deployments.api.accounts import budget_headers, cost_headers
 from governance.budget.messages import AccountState
+from governance.budget.refusals import TOKENS
 from governance.errors import BudgetExhausted, GatehouseError, Shortage, Unauthenticated
 from governance.types import Turn
 
@@ -49,13 +50,35 @@ def error_body(error: GatehouseError, request_id: str, decision_id: str = "") ->
 
 
 def _shortage(left: Shortage) -> dict[str, object]:
-    """What a client needs to ask for less, or later; a dimension without a limit is ``null``."""
+    """What ran out, until when, whom to ask, and what a client could ask for instead.
+
+    A dimension without a limit is ``null``. ``limit`` and ``spent`` are of the quantity that ran
+    out: tokens, or milliseconds of charged device time.
+    """
     gpu_ms = None if left.gpu_us is None else left.gpu_us // 1000
-    return {
+    shown: dict[str, object] = {
         "account": left.account,
         "reset_at": -(-left.reset_us // 1_000_000),
         "still_fits": {"tokens": left.tokens, "gpu_ms": gpu_ms},
     }
+    if left.quantity is not None:
+        per = 1 if left.quantity == TOKENS else 1000
+        shown |= {
+            "window": left.window,
+            "ran_out": left.quantity if left.quantity == TOKENS else "gpu_ms",
+            "limit": (left.limit or 0) // per,
+            "spent": (left.spent or 0) // per,
+            "owner": left.owner,
+        }
+    if left.allowed is not None:
+        allowed = left.allowed
+        shown["allowed"] = {
+            "answer_tokens": allowed.answer_tokens,
+            "instead": None
+            if allowed.model is None
+            else {"model": allowed.model, "answer_tokens": allowed.model_answer_tokens},
+        }
+    return shown
 
 
 def error_response(

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from governance.audit.schema import EventType
+from governance.classes import effective_class
 from governance.types import Inspection, Outcome, Principal, Route, Turn
 
 _PROVIDER = "gatehouse"
@@ -93,7 +94,8 @@ def _common(turn: Turn, event_id: str) -> dict[str, Any]:
         event["rule_ids"] = list(decision.rule_ids)
         event["policy_digest"] = decision.policy_digest
         event["mode"] = "enforce"
-        event["priority_class"] = decision.priority_class
+        given = None if turn.charge is None else turn.charge.priority_class
+        event["priority_class"] = effective_class(decision.priority_class, given)
     reservation = turn.reservation
     if reservation is not None:
         event["reservation_id"] = reservation.id
@@ -138,8 +140,31 @@ def _what(event: dict[str, Any], turn: Turn) -> None:
         event["adapter"] = route.model.id if route.model.id != route.model.base else None
         event["route_target"] = "internal"
         event["route_reason"] = route.reason
-        if detail := _route_detail(turn, route):
-            event["detail"] = canonical_detail({"route": detail})
+    if detail := _detail(turn):
+        event["detail"] = canonical_detail(detail)
+
+
+def _detail(turn: Turn) -> dict[str, Any]:
+    """What has no column: the choice of the model, and why an answer or a request ended early."""
+    detail: dict[str, Any] = {}
+    if turn.route is not None and (route := _route_detail(turn, turn.route)):
+        detail["route"] = route
+    if (stop := turn.stopped) is not None:
+        detail["stopped"] = {
+            "code": stop.code,
+            "account": stop.account,
+            "window": stop.window,
+            "reset_us": stop.reset_us,
+        }
+    if (shed := turn.shed) is not None:
+        detail["shed"] = {
+            "reason": shed.reason,
+            "model": shed.model,
+            "class": shed.priority_class,
+            "waiting": shed.waiting,
+            "wait_ms": shed.wait_ms,
+        }
+    return detail
 
 
 def _route_detail(turn: Turn, route: Route) -> dict[str, Any]:
@@ -147,6 +172,8 @@ def _route_detail(turn: Turn, route: Route) -> dict[str, Any]:
     detail: dict[str, Any] = dict(route.detail)
     if route.auto:
         detail |= {"auto": True, "attempt": turn.attempt}
+    if route.instead_of is not None:
+        detail |= {"instead_of": route.instead_of, "attempt": turn.attempt}
     if turn.superseded is not None:
         detail["superseded"] = turn.superseded
     if turn.replicas_asked > 1:

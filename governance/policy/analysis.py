@@ -127,6 +127,7 @@ def _shapes(config: PolicyConfig, supported: frozenset[Effect]) -> Iterator[Prob
             for field, given in (
                 ("limits", rule.limits != LimitsConfig()),
                 ("priority", rule.priority is not None),
+                ("on_exhaustion", rule.on_exhaustion is not None),
                 ("everyone", rule.everyone),
             ):
                 if given:
@@ -173,6 +174,10 @@ def _idle_rules(config: PolicyConfig, models: Sequence[ModelInfo]) -> Iterator[P
                 ("rules", i, "when"), "never matches: no model it names answers its operations"
             )
             continue
+        if rule.on_exhaustion is not None and all(model.tier != "large" for model, _ in reached):
+            yield Problem(
+                ("rules", i, "on_exhaustion"), "never acts: the rule is about no large model"
+            )
         shadows = 0
         for cell in _cells(rule, config, reached):
             over = index.matching(*cell) & stricter_than[rule.effect]
@@ -273,4 +278,7 @@ def _difference(test: InlineTest, decision: Decision) -> str:
     for bound, value in test.limits.model_dump(exclude_none=True).items():
         if (actual := getattr(decision.limits, bound)) != value:
             return f"expected {bound} {value}, got {actual if actual is not None else 'none'}"
+    exhausted = decision.on_exhaustion or "refuse"
+    if test.on_exhaustion is not None and test.on_exhaustion != exhausted:
+        return f"expected on_exhaustion {test.on_exhaustion}, got {exhausted}{by}"
     return ""

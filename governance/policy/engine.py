@@ -9,7 +9,8 @@ Semantics, in full:
 3. Otherwise the strictest effect among the matching rules wins: block, require_approval, reroute,
    redact, allow. Its rules, in file order, are the responsible ones.
 4. Each limit is the least that a matching ``allow`` rule sets, and the priority class the least
-   urgent that one sets, so that a further rule about the same people cannot loosen the first.
+   urgent that one sets, so that a further rule about the same people cannot loosen the first. So
+   it is with ``on_exhaustion``: ``refuse`` wins over ``small``.
 
 A decision is total: any principal, model and operation, known or not, gives exactly one effect.
 
@@ -24,11 +25,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from governance.classes import PRIORITY_CLASSES
 from governance.policy.model import TIER_PREFIX, PolicyConfig, Rule
 from governance.types import Decision, Effect, Inspection, Limits, ModelInfo, Principal
 
-PRIORITY_CLASSES = ("critical", "standard", "batch")
-"""Most urgent first."""
 CREDENTIAL_MODELS = "credential:models"
 CREDENTIAL_OPERATIONS = "credential:operations"
 """Ids that decisions carry where the credential's own limits decided; no rule can have them."""
@@ -202,18 +202,24 @@ class CompiledPolicy:
             message = message or self._messages[i]
         least: dict[str, int] = {}
         urgency = -1
+        exhausted: str | None = None
         for i in bits(granting):
-            bounds, rule_urgency = self._grants[i]
+            bounds, rule_urgency, on_exhaustion = self._grants[i]
+            if on_exhaustion is not None and exhausted != "refuse":
+                exhausted = on_exhaustion
             for bound, value in bounds:
                 if value < least.get(bound, value + 1):
                     least[bound] = value
             if rule_urgency > urgency:
                 urgency = rule_urgency
-        priority = "standard" if urgency < 0 else PRIORITY_CLASSES[urgency]
-        return Decision(effect, tuple(ids), self.digest, Limits(**least), priority, message)
+        priority = None if urgency < 0 else PRIORITY_CLASSES[urgency]
+        return Decision(
+            effect, tuple(ids), self.digest, Limits(**least), priority, exhausted, message
+        )
 
 
-def _grant(rule: Rule) -> tuple[tuple[tuple[str, int], ...], int]:
-    """Bounds that a rule sets, and the place of its priority class or -1."""
+def _grant(rule: Rule) -> tuple[tuple[tuple[str, int], ...], int, str | None]:
+    """Bounds that a rule sets, the place of its priority class or -1, and ``on_exhaustion``."""
     bounds = tuple(rule.limits.model_dump(exclude_none=True).items())
-    return bounds, -1 if rule.priority is None else PRIORITY_CLASSES.index(rule.priority)
+    urgency = -1 if rule.priority is None else PRIORITY_CLASSES.index(rule.priority)
+    return bounds, urgency, rule.on_exhaustion

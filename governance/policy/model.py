@@ -105,6 +105,11 @@ class Rule(Section):
     """Bounds; only an ``allow`` rule has them."""
     priority: Literal["critical", "standard", "batch"] | None = None
     """Priority class of what the rule allows; left out, the rule sets none."""
+    on_exhaustion: Literal["refuse", "small"] | None = None
+    """Of an allow rule, for a large model that is named and has no room for a request, in the
+    budget or in the queue: ``small`` lets a model of the small tier answer in its place, if the
+    caller may use one; headers, answer and record say so. ``refuse`` forbids it. Left out, the rule
+    says nothing; where no rule does, the request is refused."""
     message: str | None = Field(default=None, min_length=1, max_length=500)
     """Told to a caller whom a restricting rule stops. Say what to do; name no secret."""
 
@@ -133,6 +138,9 @@ class InlineTest(Section):
     """Rule that must be among the responsible ones."""
     limits: LimitsConfig = LimitsConfig()
     """Bounds that the decision must carry exactly; those left out are not looked at."""
+    on_exhaustion: Literal["refuse", "small"] | None = None
+    """What the decision must say of a named large model that has no room; left out, it is not
+    looked at. ``refuse`` is met where no rule says anything."""
 
 
 class PolicyConfig(Section):
