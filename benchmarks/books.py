@@ -71,6 +71,8 @@ def ledger_faults(database: Path, evidence: Path, state: Path) -> dict[str, int]
         rows = ledger.execute("SELECT id, gpu_us, tokens FROM reservation").fetchall()
         totals = ledger.execute(
             "SELECT coalesce(sum(total_gpu_us), 0), coalesce(sum(total_tokens), 0) FROM account"
+            # What is charged to a part, a user or a further window is charged to its department.
+            " WHERE name NOT GLOB '*[/~@]*'"
         ).fetchone()
         held = ledger.execute(
             "SELECT coalesce(sum(open_gpu_us + open_tokens), 0) FROM lease"

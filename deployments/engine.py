@@ -113,12 +113,12 @@ class EngineDeployment:
 
     def _report_costs(self) -> None:
         """Tell the ledger what the engine's work costs, from now on."""
-        from deployments.ledger_actor import LedgerClient
+        from deployments.ledger_actor import ledger_shards
         from deployments.telemetry.actors import EngineTelemetry
 
         self.telemetry = EngineTelemetry(self.model.id, self.engine.load, lambda: self.engine.dead)
         # Gateways start the ledger and start it again; an engine only looks for it.
-        self.engine.report_to(LedgerClient(None).report, self.telemetry.source)
+        self.engine.report_to(ledger_shards().report, self.telemetry.source)
 
     def _weigh(self, cache: DigestCache) -> asyncio.Future[dict[str, str]]:
         loop = asyncio.get_running_loop()

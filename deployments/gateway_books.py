@@ -18,12 +18,17 @@ import ray
 from deployments.audit_actors import get_or_start_sealer
 from deployments.ledger_actor import LedgerClient
 from deployments.ledger_budgets import Budgets
+from deployments.ledger_shards import BudgetsFollower, LedgerShards
 from deployments.named_actors import HEAD_NODE
 from deployments.settings import Settings
 from governance.audit.keystore import FileKeystore
 from governance.audit.turns import TurnAudit
 from governance.audit.writer import AuditWriter
 from governance.budget.leases import LeaseBook
+from governance.budget.messages import RenewReply, RenewRequest
+from governance.budget.sharded import ShardedLeases
+from governance.budget.shards import book_id
+from governance.budget.tree import Tree
 from governance.ports import AuditLog, Clock, Ledger
 
 log = logging.getLogger("gatehouse.ingress")
@@ -53,17 +58,17 @@ class GatewayBooks:
         budgets: Mapping[str, Any],
         clock: Clock,
     ) -> None:
-        config = Budgets.load(budgets).config
+        built = Budgets.load(budgets)
+        tree = Tree(built.config)
         self._settings = settings
-        self.ledger_client = LedgerClient(settings.state, budgets)
-        self.leases = LeaseBook(
-            gateway_id,
-            self.ledger_client.renew,
-            clock=clock,
-            monotonic=time.monotonic,
-            chunk_tokens=config.chunk_tokens,
-            renew_s=config.lease.renew_s,
+        self.ledger_client = LedgerShards(
+            lambda shard: LedgerClient(settings.state, budgets, shard=shard), tree
         )
+        self._follower = BudgetsFollower(self.ledger_client, built, self._follow)
+        books = [self._book(gateway_id, shard, tree, clock) for shard in range(tree.config.shards)]
+        self.leases: LeaseBook | ShardedLeases
+        self.leases = books[0] if len(books) == 1 else ShardedLeases(books, tree)
+        self._books = books
         self.writer = AuditWriter.open(settings.wal, gateway_id, clock=clock)
         self.turns = TurnAudit(
             self.writer,
@@ -85,6 +90,7 @@ class GatewayBooks:
     async def start(self) -> None:
         """Reach the ledger, so that what is wrong with it is said at start; start a sealer."""
         await self.ledger_client.ready()
+        await self._follower.refresh()  # a file may have been applied since this build
         self.leases.start()
         self._sealer = asyncio.create_task(self._keep_sealer(), name="audit-sealer")
 
@@ -103,8 +109,34 @@ class GatewayBooks:
             self._sealer.cancel()
             await asyncio.gather(self._sealer, return_exceptions=True)
         await self.leases.close()
+        await self._follower.close()
         await self.turns.close()
         await self.writer.close()
+
+    def _book(self, gateway_id: str, shard: int, tree: Tree, clock: Clock) -> LeaseBook:
+        """Leases of one ledger."""
+
+        async def renew(request: RenewRequest) -> RenewReply:
+            reply = await self.ledger_client.calls(shard).renew(request)
+            self._follower.heard(shard, reply.digest)
+            return reply
+
+        return LeaseBook(
+            book_id(gateway_id, shard),
+            renew,
+            clock=clock,
+            monotonic=time.monotonic,
+            tree=tree,
+            chunk_tokens=tree.config.chunk_tokens,
+            renew_s=tree.config.lease.renew_s,
+        )
+
+    def _follow(self, budgets: Budgets) -> None:
+        """Work by another file from now on; what is reserved stays so."""
+        self.leases.tree = Tree(budgets.config)
+        for book in self._books:
+            book.chunk_tokens = budgets.config.chunk_tokens
+            book.renew_s = budgets.config.lease.renew_s
 
     async def _keep_sealer(self) -> None:
         """See to it that whoever writes a log has a sealer: this node, and the ledger's.

@@ -35,6 +35,7 @@ from deployments.routing.shadow import shadow_runner
 from deployments.settings import Settings
 from deployments.telemetry.gateway import GatewayTelemetry
 from governance.admission.limits import RateLimiter
+from governance.admission.shedding import LoadShedder
 from governance.control.snapshot import ControlSnapshot, GatewayIdentity
 from governance.errors import NotPermitted
 from governance.gateway import Gateway
@@ -129,7 +130,9 @@ class GatewayIngress:
             ready=self._ready,
             created_s=self.started_s,
             version=__version__,
-            usage=UsageApi(self.books.ledger_client, self._authorize),
+            usage=UsageApi(
+                self.books.ledger_client, self._authorize, tree=lambda: self.books.leases.tree
+            ),
             tracing=self.telemetry.tracing,
         )
 
@@ -216,6 +219,17 @@ class GatewayIngress:
         def snapshot() -> ControlSnapshot:
             return self.control.snapshot
 
+        def share() -> float:
+            return 1 / max(1, len(snapshot().gateways))
+
+        shedder = LoadShedder(
+            [model.id for model in self.config.models],
+            self.engine.load,
+            time.monotonic,
+            self.config.queue_limits(),
+            share,
+        )
+        self.telemetry.watch_shedding(lambda: shedder.stats)
         return Gateway(
             models=self.config.model_infos(),
             authenticator=BearerAuthenticator(
@@ -231,7 +245,7 @@ class GatewayIngress:
                 allow_loopback_http=local,
             ),
             policy=self.policy,
-            limiter=RateLimiter(time.monotonic, share=lambda: 1 / max(1, len(snapshot().gateways))),
+            limiter=RateLimiter(time.monotonic, share=share),
             inspector=NullInspector(),
             router=self.routing.port(self.engine.load, lambda: self.books.leases.price, now_us),
             ledger=self.books.ledger,
@@ -240,4 +254,5 @@ class GatewayIngress:
             clock=now_us,
             max_answer_tokens=self.config.gateway.max_answer_tokens,
             observer=self.telemetry.observer,
+            shedder=shedder,
         )

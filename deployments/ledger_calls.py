@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
@@ -86,9 +87,25 @@ class LedgerCalls:
         """Wait until the ledger has started and has the budgets of this application."""
         await self._insist("state", None, timeout_s=START_TIMEOUT_S)
 
-    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
-        """One account, or all; empty where there is none."""
-        states: tuple[AccountState, ...] = await self._call(CALL_TIMEOUT_S, "state", account)
+    async def budgets(self) -> dict[str, Any]:
+        """The budgets that hold (``Budgets.dump``); once, within ``CALL_TIMEOUT_S``."""
+        found: dict[str, Any] = await self._call(CALL_TIMEOUT_S, "budgets")
+        return found
+
+    async def configure(self, budgets: Mapping[str, Any]) -> None:
+        """``LedgerService.configure``; once, within ``CALL_TIMEOUT_S``."""
+        await self._call(CALL_TIMEOUT_S, "configure", budgets)
+
+    async def state(
+        self, account: str | None = None, users: bool = False
+    ) -> tuple[AccountState, ...]:
+        """One account, or all; empty where there is none.
+
+        Args:
+            account: The account; ``None`` for all.
+            users: With all of them, accounts of single users as well.
+        """
+        states: tuple[AccountState, ...] = await self._call(CALL_TIMEOUT_S, "state", account, users)
         return states
 
     async def set_override(
@@ -108,18 +125,51 @@ class LedgerCalls:
             AuditUnavailable: It cannot be recorded, and was not done or was taken back.
         """
         values = (account, limit_us, limit_tokens, expires_us, reason, by)
-        return await self._administer("set_override", *values)
+        state: AccountState = await self._administer("set_override", *values, self._deadline_us())
+        return state
 
     async def clear_override(self, account: str, by: str) -> AccountState:
         """End an override (``LedgerService.clear_override``); raises as ``set_override``."""
-        return await self._administer("clear_override", account, by)
-
-    async def _administer(self, method: str, *args: Any) -> AccountState:
-        deadline_us = self._clock() + DEADLINE_US
-        state: AccountState = await self._insist(
-            method, *args, deadline_us, timeout_s=ADMIN_TIMEOUT_S
-        )
+        values = (account, by, self._deadline_us())
+        state: AccountState = await self._administer("clear_override", *values)
         return state
+
+    async def transfer(
+        self, source: str, target: str, gpu_us: int, tokens: int, reason: str, by: str
+    ) -> tuple[AccountState, AccountState]:
+        """Move budget between two accounts (``LedgerService.transfer``).
+
+        Returns:
+            Both accounts as they are then, the source first.
+
+        Raises:
+            ObjectNotFound: There is no such account.
+            InvalidRequest: It cannot be moved; the message says why.
+            AuditUnavailable: It was not done, or it is not in the audit trail yet.
+        """
+        # However often it is sent, it is one demand.
+        values = (source, target, gpu_us, tokens, reason, by, self._deadline_us())
+        states: tuple[AccountState, AccountState] = await self._administer(
+            "transfer", *values, secrets.token_hex(16)
+        )
+        return states
+
+    async def apply(self, config: Mapping[str, Any], reason: str, by: str) -> str:
+        """Take up another budgets file (``LedgerService.apply``); gives its digest.
+
+        Raises:
+            InvalidRequest: It is wrong, or does not add up; the message says where and why.
+            AuditUnavailable: It was not done, or it is not in the audit trail yet.
+        """
+        values = (dict(config), reason, by, self._deadline_us())
+        digest: str = await self._administer("apply", *values)
+        return digest
+
+    def _deadline_us(self) -> int:
+        return self._clock() + DEADLINE_US
+
+    async def _administer(self, method: str, *args: Any) -> Any:
+        return await self._insist(method, *args, timeout_s=ADMIN_TIMEOUT_S)
 
     async def _insist(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         for attempt in range(1, _ATTEMPTS + 1):

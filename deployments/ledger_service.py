@@ -1,15 +1,15 @@
-"""The budget ledger as a service: many callers, one transaction at a time, nothing said too early.
+"""The budget ledger as a service: what gateways, engines and administration may call.
 
-**Group commit.** Calls only queue and wait. One task takes everything that waits, runs it as one
-batch in the ledger's own thread, and resolves all answers when the batch is on disk. While the
-disk works the next group gathers, so the busier the ledger is, the less one call costs, and no
-answer is given that a crash could take back. The event loop never waits for the disk.
-
-**One bad call does not fail its group.** What a call may raise by its contract is its own answer.
-Anything else undoes the batch, and its calls are run again one by one.
+**Batches.** Every call waits until it is on disk (``ledger_batches``).
 
 **Configuration.** Of two builds of the application the later one holds (``ledger_budgets``): a
-gateway of an older build that starts late changes nothing.
+gateway of an older build that starts late changes nothing. ``apply`` takes up another file while
+everything runs; what was spent counts on in it, and gateways follow within two seconds
+(``ledger_follow``).
+
+**Shards.** One of several ledgers answers for the accounts of its cohorts (``Tree.shard``) and for
+no others. How many there are is written in the database, and a file that says otherwise is
+refused: each would look for what was spent in another ledger than the one that knows it.
 
 **Audit.** What must be recorded is an event in the transaction of what it tells of
 (``governance.budget.events``); ``LedgerAudit`` moves events on to the audit trail. An override
@@ -21,7 +21,9 @@ waits for that before it is answered:
 3. The event is written to the trail. If that fails, the override is cleared (an event as well), and
    the answer is ``AuditUnavailable``. Both events stay in the database until they can be written.
 
-Ending an override is not undone in step 3: the limits of the file are what everybody agreed to.
+The end of an override, a transfer and a new file are not undone in step 3: the first returns to
+what everybody agreed to, and of the others somebody may have spent already. Their events wait in
+the database until they can be written, and the answer says that they are not yet.
 """
 
 from __future__ import annotations
@@ -29,68 +31,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deployments.ledger_alerts import LedgerAlerts
 from deployments.ledger_audit import LedgerAudit
-from deployments.ledger_budgets import Budgets
+from deployments.ledger_batches import Batches
+from deployments.ledger_budgets import SHARDS, Budgets, check_count, check_homes, kept_beside
+from governance.budget.config import BudgetsConfig
 from governance.budget.ledger import BudgetLedger
 from governance.budget.messages import AccountState, MeterReport, RenewReply, RenewRequest
-from governance.budget.store import LedgerStoreError
+from governance.budget.store import LedgerStore, LedgerStoreError
 from governance.errors import (
     AuditUnavailable,
     GatehouseError,
-    InternalError,
     InvalidRequest,
     LedgerUnavailable,
     NoAccount,
     ObjectNotFound,
 )
 from governance.ports import Clock
-from governance.tracebacks import without_messages
+from governance.yaml_config import ConfigError, YamlFile, validate
 
 log = logging.getLogger("gatehouse.ledger")
 
 SWEEP_S = 0.5
-MAX_GROUP = 512
-"""Most calls in one batch."""
-MAX_QUEUE = 20_000
-"""Calls that may wait; more are refused, and come again."""
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call on its way through a batch."""
-
-    work: Callable[[BudgetLedger], Any]
-    future: asyncio.Future[Any]
-    result: Any = None
-    error: Exception | None = None
-
-    def run(self, ledger: BudgetLedger) -> None:
-        """Run it inside a batch; what it may raise is kept as its answer."""
-        self.result, self.error = None, None
-        try:
-            self.result = self.work(ledger)
-        except GatehouseError as error:
-            self.error = error
-        except ValueError as error:
-            self.error = InvalidRequest(str(error))
-
-    def answer(self) -> None:
-        """Tell who waits, if anybody still does."""
-        if self.future.done():
-            return
-        if self.error is None:
-            self.future.set_result(self.result)
-        else:
-            self.future.set_exception(self.error)
 
 
 class LedgerService:
@@ -101,37 +71,47 @@ class LedgerService:
         wal_root: Where audit writers have their logs.
         clock: Wall clock, microseconds.
         monotonic: Seconds of a clock that never goes back.
+        shard: Which of the ledgers it is, from 0.
 
     Raises:
         LedgerStoreError: The database cannot be used.
     """
 
     def __init__(
-        self, path: Path, wal_root: Path, *, clock: Clock, monotonic: Callable[[], float]
+        self,
+        path: Path,
+        wal_root: Path,
+        *,
+        clock: Clock,
+        monotonic: Callable[[], float],
+        shard: int = 0,
     ) -> None:
+        self.shard = shard
         self._path = path
+        self._kept = kept_beside(path)
         self._clock = clock
         self._monotonic = monotonic
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._ledger: BudgetLedger | None = None
         self._budgets: Budgets | None = None
-        self._queue: list[_Call] = []
-        self._wake = asyncio.Event()
+        self._batches = Batches(self._thread, lambda: self._ledger)
         self._tasks: list[asyncio.Task[None]] = []
         self._configuring = asyncio.Lock()
         self.late = 0
         """Calls that came after their deadline, and were refused."""
         self.audit = LedgerAudit(wal_root, self._events, self._confirm, clock=clock)
-        if (kept := Budgets.read(path.parent)) is not None:
+        self.telling = LedgerAlerts(self, self._webhook, clock=clock)
+        if (kept := Budgets.read(self._kept)) is not None:
             self._open(kept)
 
     def start(self) -> None:
         """Begin to serve; repeating it is harmless."""
         if not self._tasks:
             self._tasks = [
-                asyncio.create_task(self._commit_all(), name="ledger-commit"),
+                asyncio.create_task(self._batches.run(), name="ledger-commit"),
                 asyncio.create_task(self._sweep(), name="ledger-sweep"),
                 asyncio.create_task(self.audit.run(), name="ledger-audit"),
+                asyncio.create_task(self.telling.run(), name="ledger-alerts"),
             ]
 
     async def stop(self) -> None:
@@ -170,9 +150,14 @@ class LedgerService:
 
     # -- administration -----------------------------------------------------------------------
 
-    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
-        """``BudgetLedger.state``."""
-        return await self._call(lambda ledger: ledger.state(account))
+    async def state(
+        self, account: str | None = None, users: bool = False
+    ) -> tuple[AccountState, ...]:
+        """``BudgetLedger.state``, of accounts that live here."""
+        tree, found = await self._call(
+            lambda ledger: (ledger.tree, ledger.state(account, users=users))
+        )
+        return tuple(each for each in found if tree.shard(each.account) == self.shard)
 
     async def set_override(
         self,
@@ -235,6 +220,48 @@ class LedgerService:
         await self.audit.flush()
         return state
 
+    async def transfer(
+        self,
+        source: str,
+        target: str,
+        gpu_us: int,
+        tokens: int,
+        reason: str,
+        by: str,
+        deadline_us: int,
+        key: str,
+    ) -> tuple[AccountState, AccountState]:
+        """Move budget between two accounts until their window ends; recorded when it returns.
+
+        Args:
+            source: Whose budget becomes smaller.
+            target: Whose becomes larger.
+            gpu_us: Charged device-microseconds.
+            tokens: Tokens.
+            reason: For the record.
+            by: Principal key of who does it.
+            deadline_us: Not done later than this; see ``set_override``.
+            key: Of this demand: what comes again with it is not done again.
+
+        Returns:
+            Both accounts as they are then.
+
+        Raises:
+            ObjectNotFound: There is no such account.
+            InvalidRequest: It cannot be moved; the message says why.
+            AuditUnavailable: It was not done, or it is not in the audit trail yet.
+            LedgerUnavailable: Nobody knows whether it was done.
+        """
+        self._in_time(deadline_us)
+        await self.audit.check()
+        states = await self._administer(
+            lambda ledger: ledger.transfer(source, target, gpu_us, tokens, by, reason, key=key)
+        )
+        await self.audit.flush()
+        return states
+
+    # -- configuration ------------------------------------------------------------------------
+
     async def configure(self, budgets: Mapping[str, Any]) -> None:
         """Take up the budgets of a build of the application, unless a later one has come before.
 
@@ -253,17 +280,59 @@ class LedgerService:
                 log.error("budgets not taken up: %s", reason)
                 raise LedgerUnavailable from error
 
-    async def stats(self) -> dict[str, int]:
-        """Counters since the process started, for metrics."""
-        counted = await self._call(lambda ledger: ledger.stats)
-        own = {
-            "queued": len(self._queue),
-            "events_waiting": self.audit.waiting,
-            "late": self.late,
-        }
-        return {**{name: getattr(counted, name) for name in counted.__slots__}, **own}
+    async def apply(self, config: Mapping[str, Any], reason: str, by: str, deadline_us: int) -> str:
+        """Take up another budgets file while everything runs; recorded when it returns.
 
-    # -- configuration ------------------------------------------------------------------------
+        It is kept like the budgets of a build of this moment: it holds after a restart, and until
+        the application is built again.
+
+        Args:
+            config: The file's contents.
+            reason: For the record.
+            by: Principal key of who does it.
+            deadline_us: Not done later than this; see ``set_override``.
+
+        Returns:
+            Digest of the file.
+
+        Raises:
+            InvalidRequest: It is not a budgets file, does not add up, or would move an account to
+                another ledger; the message says where and why. Nothing was changed.
+            AuditUnavailable: It was not done, or it is not in the audit trail yet.
+            LedgerUnavailable: No budgets are known yet, or nobody knows whether it was done.
+        """
+        self._in_time(deadline_us)
+        if not 0 < len(by) <= 256 or not 0 < len(reason) <= 1000:
+            raise InvalidRequest("Say who, in 256 characters at most, and why, in 1000 at most.")
+        try:
+            parsed = validate(YamlFile("budgets", dict(config), {}), BudgetsConfig)
+        except ConfigError as error:
+            raise InvalidRequest(f"The budgets are not taken up. {error}") from None
+        await self.audit.check()
+        async with self._configuring:
+            if self._budgets is None:
+                raise LedgerUnavailable
+            new = self._budgets.applied(parsed, self._clock())
+            try:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._thread, self._take_up, new, by, reason)
+            except LedgerStoreError as error:
+                raise InvalidRequest(f"The budgets are not taken up. {error}") from None
+            except (OSError, sqlite3.Error) as error:
+                log.error("budgets not taken up: %s", type(error).__name__)
+                raise LedgerUnavailable from error
+        await self.audit.flush()
+        return parsed.digest
+
+    async def budgets(self) -> dict[str, Any]:
+        """The budgets that hold (``Budgets.dump``), for gateways that have others.
+
+        Raises:
+            LedgerUnavailable: No gateway has given any yet.
+        """
+        if self._budgets is None:
+            raise LedgerUnavailable
+        return self._budgets.dump()
 
     def _is_news(self, new: Budgets) -> bool:
         now = self._budgets
@@ -273,81 +342,56 @@ class LedgerService:
         wrong_clock = now.built_us > self._clock()
         return new.built_us > now.built_us or (wrong_clock and new.built_us != now.built_us)
 
-    def _take_up(self, new: Budgets) -> None:
-        """In the ledger's thread: keep the budgets, and open the ledger with them."""
-        new.write(self._path.parent)
-        if self._ledger is not None:
-            if self._ledger.config.digest == new.config.digest:
-                self._budgets = new
-                return
-            ledger, self._ledger = self._ledger, None
-            ledger.close()
-        self._open(new)
+    def _take_up(self, new: Budgets, by: str | None = None, reason: str | None = None) -> None:
+        """In the ledger's thread: keep the budgets, and work by them from now on."""
+        if self._ledger is None:
+            self._open(new)
+            new.write(self._kept)
+            return
+        held = self._ledger.config
+        check_homes(held, new.config)
+        # Kept first: after a crash in between the ledger is opened with what is kept, and says so.
+        new.write(self._kept)
+        self._ledger.apply(new.config, by, reason)
+        self._budgets = new
+        if held.digest != new.config.digest:
+            log.info("budgets %s taken up", new.config.digest[:12])
 
     def _open(self, budgets: Budgets) -> None:
-        self._ledger = BudgetLedger.open(
-            self._path, budgets.config, clock=self._clock, monotonic=self._monotonic
-        )
+        config, store = budgets.config, LedgerStore(self._path)
+        try:
+            check_count(store, config, self._path)
+            self._ledger = BudgetLedger(store, config, clock=self._clock, monotonic=self._monotonic)
+        except BaseException:
+            store.close()
+            raise
+        self._ledger.remember(SHARDS, str(config.shards))
         self._budgets = budgets
-        log.info("budgets %s taken up", budgets.config.digest[:12])
+        log.info("budgets %s taken up", config.digest[:12])
 
-    # -- group commit -------------------------------------------------------------------------
+    # -- counters -----------------------------------------------------------------------------
+
+    async def stats(self) -> dict[str, int]:
+        """Counters since the process started, for metrics."""
+        counted = await self._call(lambda ledger: ledger.stats)
+        own = {
+            "queued": self._batches.queued,
+            "events_waiting": self.audit.waiting,
+            "late": self.late,
+        }
+        return {**{name: getattr(counted, name) for name in counted.__slots__}, **own}
+
+    # -- inside -------------------------------------------------------------------------------
 
     async def _call(self, work: Callable[[BudgetLedger], T]) -> T:
         """Run something in the next batch; returns when it is on disk."""
-        if len(self._queue) >= MAX_QUEUE:
-            raise LedgerUnavailable
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Call(work, future))
-        self._wake.set()
-        return await future
+        return await self._batches.call(work)
 
-    async def _administer(self, work: Callable[[BudgetLedger], AccountState]) -> AccountState:
+    async def _administer(self, work: Callable[[BudgetLedger], T]) -> T:
         try:
             return await self._call(work)
         except NoAccount:
             raise ObjectNotFound("There is no such budget account.") from None
-
-    async def _commit_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                group, self._queue = self._queue[:MAX_GROUP], self._queue[MAX_GROUP:]
-                try:
-                    await loop.run_in_executor(self._thread, self._commit, group)
-                except Exception as error:
-                    log.error("ledger: batch lost\n%s", without_messages(error))
-                    for call in group:
-                        call.error = LedgerUnavailable()
-                for call in group:
-                    call.answer()
-
-    def _commit(self, group: Sequence[_Call]) -> None:
-        """In the ledger's thread: run calls as one batch, or one by one where that fails."""
-        ledger = self._ledger
-        if ledger is None:
-            for call in group:
-                call.error = LedgerUnavailable()
-            return
-        try:
-            with ledger.batch():
-                for call in group:
-                    call.run(ledger)
-        except sqlite3.OperationalError as error:
-            # The disk is full, or fails: it is none of the calls' fault.
-            name = getattr(error, "sqlite_errorname", "")
-            log.error("ledger: %d calls not stored: %s", len(group), name)
-            for call in group:
-                call.error = LedgerUnavailable()
-        except Exception as error:
-            if len(group) > 1:
-                for call in group:
-                    self._commit([call])
-                return
-            log.error("ledger: a call failed\n%s", without_messages(error))
-            group[0].error = InternalError()
 
     async def _sweep(self) -> None:
         while True:
@@ -355,13 +399,28 @@ class LedgerService:
             with suppress(GatehouseError):
                 await self._call(lambda ledger: ledger.sweep())
 
-    # -- for the audit ------------------------------------------------------------------------
+    # -- for audit and alerts -----------------------------------------------------------------
 
     async def _events(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
         return await self._call(lambda ledger: ledger.events(limit))
 
     async def _confirm(self, up_to: int) -> None:
         await self._call(lambda ledger: ledger.events_written(up_to))
+
+    async def alerts(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """``BudgetLedger.alerts``."""
+        return await self._call(lambda ledger: ledger.alerts(limit))
+
+    async def alerts_done(self, up_to: int) -> None:
+        """``BudgetLedger.alerts_done``."""
+        await self._call(lambda ledger: ledger.alerts_done(up_to))
+
+    async def alert_lost(self, alert: Mapping[str, Any], reason: str) -> None:
+        """``BudgetLedger.alert_lost``."""
+        await self._call(lambda ledger: ledger.alert_lost(alert, reason))
+
+    def _webhook(self) -> str | None:
+        return None if self._budgets is None else self._budgets.config.alerts.webhook
 
     def _in_time(self, deadline_us: int) -> None:
         late_us = self._clock() - deadline_us

@@ -37,8 +37,13 @@ class Settings:
 
     @property
     def ledger_db(self) -> Path:
-        """SQLite file of the budget ledger."""
-        return self.state / "ledger" / "ledger.sqlite"
+        """SQLite file of the budget ledger; of several the first's."""
+        return self.ledger_shard(0)
+
+    def ledger_shard(self, shard: int) -> Path:
+        """SQLite file of one of several budget ledgers, counted from 0."""
+        name = f"ledger-{shard}.sqlite" if shard else "ledger.sqlite"
+        return self.state / "ledger" / name
 
     @property
     def wal(self) -> Path:

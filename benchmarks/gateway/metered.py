@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gateway.instant import InstantBackend, InstantEngine
 from deployments.data_plane.ticket_form import Ticket
 from deployments.ingress import GatewayIngress
-from deployments.ledger_actor import LedgerClient
+from deployments.ledger_actor import ledger_shards
 from deployments.metering.channel import MeterChannel
 from deployments.metering.collector import MeterCollector
 from deployments.metering.cost import CostModel
@@ -86,7 +86,7 @@ class MeteredInstantEngine(InstantEngine):
         meter.start()
         self.reporter = MeterReporter(
             meter,
-            LedgerClient(state_dir).report,
+            ledger_shards(state_dir).report,
             replica_id=replica_id,
             accelerator="cpu",
             devices=1,

@@ -70,7 +70,7 @@ class Lab:
             if "EngineCore" in " ".join(process.cmdline())
         )
 
-    async def _keep(self, report: Any) -> None:
+    async def _keep(self, report: Any, shard: int = 0) -> None:
         self._rows |= {row.reservation_id: row for row in report.rows}
 
     async def one(self, ask: Ask) -> Told:
