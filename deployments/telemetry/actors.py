@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 
 from deployments.data_plane.backend import EngineLoad
+from deployments.telemetry.budgets import AlertSource, LedgerWatch, Service
+from deployments.telemetry.classes import ClassSource
 from deployments.telemetry.export import Exporter
 from deployments.telemetry.ray_sink import RaySink
 from deployments.telemetry.registry import Registry
 from deployments.telemetry.routing import Batcher, BatcherSource
 from deployments.telemetry.sources import EngineSource, SealSource, SealStats, WalSource, WalStats
+
+log = logging.getLogger("gatehouse.telemetry")
 
 
 class EngineTelemetry:
@@ -26,7 +32,8 @@ class EngineTelemetry:
     ) -> None:
         registry = Registry()
         self.source = EngineSource(registry, model, load, dead)
-        self._exporter = Exporter(registry, RaySink(), [self.source])
+        classes = ClassSource(registry, model, load)
+        self._exporter = Exporter(registry, RaySink(), [self.source, classes])
         self._exporter.start()
 
     async def close(self) -> None:
@@ -52,20 +59,24 @@ class RouterTelemetry:
 
 
 class LedgerTelemetry:
-    """Metrics of the ledger's audit log.
+    """Metrics of a ledger: its accounts, its alerts, its audit log. Made in its event loop.
 
     Args:
-        stats: Counts of the present writer; ``None`` while there is none. Another object after a
-            writer was replaced.
+        stats: Counts of the present audit writer; ``None`` while there is none. Another object
+            after a writer was replaced.
+        service: The ledger.
     """
 
-    def __init__(self, stats: Callable[[], WalStats | None]) -> None:
+    def __init__(self, stats: Callable[[], WalStats | None], service: Service) -> None:
         self._registry = Registry()
         self._stats = stats
         self._watched: WalStats | None = None
         self._source: WalSource | None = None
-        self._exporter = Exporter(self._registry, RaySink(), [self._collect])
+        alerts = AlertSource(self._registry, service.telling.stats)
+        self._exporter = Exporter(self._registry, RaySink(), [self._collect, alerts])
         self._exporter.start()
+        watch = LedgerWatch(self._registry, service)
+        self._watch = asyncio.create_task(watch.run(self._not_asked), name="ledger-metrics")
 
     def _collect(self) -> None:
         stats = self._stats()
@@ -73,6 +84,10 @@ class LedgerTelemetry:
             self._watched, self._source = stats, WalSource(self._registry, "ledger", stats)
         if self._source is not None:
             self._source()
+
+    @staticmethod
+    def _not_asked(error: Exception) -> None:
+        log.info("accounts not measured (%s)", type(error).__name__)
 
 
 class SealerTelemetry:

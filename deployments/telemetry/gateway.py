@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from deployments import __version__
 from deployments.gateway_books import GatewayBooks
 from deployments.settings import Settings
 from deployments.telemetry.access import AccessLog
+from deployments.telemetry.budgets import LeaseSource, ShedSource
 from deployments.telemetry.export import Exporter
 from deployments.telemetry.ray_sink import RaySink
 from deployments.telemetry.registry import Registry
@@ -20,7 +21,7 @@ from deployments.telemetry.routing import (
     ShadowSource,
     ShareSource,
 )
-from deployments.telemetry.sources import DiskSource, GatewaySource, LeaseSource, WalSource
+from deployments.telemetry.sources import DiskSource, GatewaySource, WalSource
 from deployments.telemetry.traces import from_environment
 from deployments.telemetry.turns import TurnObserver
 from governance.shadow import ShadowStats
@@ -86,6 +87,14 @@ class GatewayTelemetry:
         self._exporter.collect(ShareSource(self.registry, achieved))
         if batcher is not None:
             self._exporter.collect(BatcherSource(self.registry, batcher))
+
+    def watch_shedding(self, stats: Callable[[], Mapping[tuple[str, str, str], int]]) -> None:
+        """Export how many requests were refused before they waited.
+
+        Args:
+            stats: Counts so far by model, class and reason.
+        """
+        self._exporter.collect(ShedSource(self.registry, stats))
 
     def watch_shadow(self, stats: ShadowStats) -> None:
         """Export what becomes of shadow comparisons."""

@@ -10,58 +10,12 @@ codes from the code. Nothing that a client sends becomes a label, and no person 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
-PREFIX = "ray_"
-"""Ray puts it in front of every name that it exports."""
-
-
-class Kind(StrEnum):
-    """What kind of figure a metric is."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-_SCALES = {"seconds": 1e-6, "ratio": 1e-3}
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One metric."""
-
-    name: str
-    """As declared to Ray, without ``ray_``; a counter's ends in ``_total``."""
-    kind: Kind
-    unit: str
-    """Unit of the exported value: ``seconds``, ``bytes``, ``ratio``, or what is counted."""
-    help: str
-    labels: tuple[str, ...] = ()
-    bounds: tuple[int, ...] = ()
-    """Upper bounds of a histogram's buckets, as recorded; the last bucket has none."""
-
-    @property
-    def scale(self) -> float:
-        """Exported value of a recorded 1."""
-        return _SCALES.get(self.unit, 1.0)
-
-    @property
-    def exported(self) -> dict[str, tuple[str, ...]]:
-        """Names in Prometheus, each with its own labels.
-
-        A histogram's parts are counters (``deployments.telemetry.export`` says why), and a
-        counter's name ends in ``_total``.
-        """
-        if self.kind is Kind.HISTOGRAM:
-            base = f"{PREFIX}{self.name}"
-            return {
-                f"{base}_bucket_total": (*self.labels, "le"),
-                f"{base}_sum_total": self.labels,
-                f"{base}_count_total": self.labels,
-            }
-        return {f"{PREFIX}{self.name}": self.labels}
+from deployments.telemetry.budget_names import (
+    ENGINE_METRICS,
+    GATEWAY_METRICS,
+    LEDGER_METRICS,
+)
+from deployments.telemetry.spec import PREFIX, Kind, Spec
 
 
 def _bounds(*seconds: float) -> tuple[int, ...]:
@@ -97,15 +51,6 @@ SCORER_UNUSED = "gatehouse_scorer_unused_total"
 SHADOWS = "gatehouse_shadow_answers_total"
 MODEL_READY = "gatehouse_model_ready"
 CONTROL_AGE = "gatehouse_control_age_seconds"
-LEASE = "gatehouse_lease_gpu_seconds"
-LEASE_TOKENS = "gatehouse_lease_tokens"
-BUDGET_USED = "gatehouse_budget_used_ratio"
-BUDGET_RESET = "gatehouse_budget_reset_seconds"
-RENEW = "gatehouse_lease_renew_seconds"
-RENEWALS = "gatehouse_lease_renewals_total"
-LEASE_WAITING = "gatehouse_lease_waiting"
-RENEW_FAILURES = "gatehouse_lease_renew_failures_total"
-LEDGER_AGE = "gatehouse_ledger_age_seconds"
 WAL_RECORDS = "gatehouse_wal_records_total"
 WAL_BYTES = "gatehouse_wal_bytes_total"
 WAL_SYNCS = "gatehouse_wal_syncs_total"
@@ -141,7 +86,8 @@ METRICS: tuple[Spec, ...] = (
         _C,
         "requests",
         "Requests that did not end well, by the code of the error (errors.md): refused, failed, "
-        "or given up by the client (`client_closed_request`).",
+        "given up by the client (`client_closed_request`), or stopped at the limit of a budget "
+        "(`budget_exhausted` with the outcome `completed`).",
         ("model", "department", "outcome", "code"),
     ),
     Spec(
@@ -203,8 +149,9 @@ METRICS: tuple[Spec, ...] = (
         ROUTES,
         _C,
         "requests",
-        "Requests whose model the platform chose (`auto`), by the model that was tried last and "
-        "by the reason for the one that was chosen first.",
+        "Requests whose model the platform chose (`auto`, or the small tier instead of a large "
+        "model that was named), by the model that was tried last and by the reason for the one "
+        "that was chosen first.",
         ("model", "department", "reason"),
     ),
     Spec(
@@ -279,47 +226,9 @@ METRICS: tuple[Spec, ...] = (
         "Age of this gateway's copy of keys, revocations and replicas; after 10 s service keys "
         "are refused.",
     ),
-    # -- budgets, in the gateway ---------------------------------------------------------------
-    Spec(
-        LEASE,
-        _G,
-        "seconds",
-        "Charged device time that this gateway holds of an account. `state` is `hold` (all of "
-        "it), `open` (reserved by running requests) or `free`.",
-        ("department", "state"),
-    ),
-    Spec(
-        LEASE_TOKENS,
-        _G,
-        "tokens",
-        "Tokens that this gateway holds of an account; as above.",
-        ("department", "state"),
-    ),
-    Spec(
-        BUDGET_USED,
-        _G,
-        "ratio",
-        "Spent part of an account's limit in its window; absent where there is no limit. "
-        "`quantity` is `gpu` or `tokens`.",
-        ("department", "quantity"),
-    ),
-    Spec(
-        BUDGET_RESET,
-        _G,
-        "seconds",
-        "Time until an account's window ends.",
-        ("department",),
-    ),
-    Spec(LEASE_WAITING, _G, "requests", "Requests that wait for the ledger to lend more."),
-    Spec(RENEW, _G, "seconds", "Time that the last answered renewal of leases took."),
-    Spec(RENEWALS, _C, "renewals", "Renewals of leases that the ledger answered."),
-    Spec(RENEW_FAILURES, _C, "renewals", "Renewals of leases that the ledger did not answer."),
-    Spec(
-        LEDGER_AGE,
-        _G,
-        "seconds",
-        "Since the last answered renewal was sent; leases end after 10 s.",
-    ),
+    # -- budgets ---------------------------------------------------------------------------------
+    *GATEWAY_METRICS,
+    *LEDGER_METRICS,
     # -- audit ---------------------------------------------------------------------------------
     Spec(
         WAL_RECORDS,
@@ -395,6 +304,7 @@ METRICS: tuple[Spec, ...] = (
         "Reports of metered time that the ledger did not take; the next one repeats them.",
         ("model",),
     ),
+    *ENGINE_METRICS,
 )
 
 SPECS = {spec.name: spec for spec in METRICS}

@@ -14,7 +14,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from deployments.telemetry.names import METRICS, Kind, Spec
+from deployments.telemetry.names import METRICS
+from deployments.telemetry.spec import Kind, Spec
 
 Labels = tuple[str, ...]
 """Values of a spec's labels, in its order."""

@@ -10,12 +10,13 @@ from deployments.telemetry.registry import Registry
 from governance.shadow import ShadowStats
 from governance.types import Turn
 from routing.auto import Achieved
-from routing.reasons import Reason
+from routing.reasons import Instead, Reason
 
 OTHER = "other"
 RESULTS = ("scored", "late", "failed", "unreachable", "spared")
 CASCADE = "cascade"
 _REASONS = frozenset(Reason)
+_INSTEAD = frozenset(Instead)
 
 
 class RouteCounts:
@@ -36,7 +37,7 @@ class RouteCounts:
 
     def ended(self, turn: Turn, department: str) -> None:
         """A request has ended."""
-        if turn.route is None or not turn.route.auto:
+        if turn.route is None or not (turn.route.auto or turn.route.instead_of):
             return
         self._routes.add(1, (turn.route.model.id, department, reason_of(turn.route.reason)))
         for attempt in turn.earlier:
@@ -44,7 +45,9 @@ class RouteCounts:
 
 
 def reason_of(route_reason: str) -> str:
-    """The reason in ``auto:<tier> <reason>``; what is none of ours is ``other``."""
+    """The reason in ``auto:<tier> <reason>``, or an ``Instead``; of others it is ``other``."""
+    if route_reason in _INSTEAD:
+        return route_reason
     reason = route_reason.partition(" ")[2]
     return reason if reason in _REASONS else OTHER
 

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from deployments.data_plane.backend import EngineLoad
 from deployments.telemetry import names
+from deployments.telemetry.classes import ServedCounts
 from deployments.telemetry.registry import Registry
-from governance.budget.messages import AccountState, MeterReport
+from governance.budget.messages import MeterReport
 
 MAX_AGE_US = 86_400_000_000
 """An age that is infinite, because nothing was ever heard, is shown as a day."""
 
 
-def _age_us(age_s: float) -> int:
+def age_us(age_s: float) -> int:
+    """An age in microseconds, at most ``MAX_AGE_US``."""
     return min(MAX_AGE_US, int(min(age_s, 1e6) * 1_000_000))
 
 
@@ -51,107 +53,7 @@ class GatewaySource:
         """Take over."""
         for model in self._models:
             self._model_ready.set(int(self._ready(model)), (model,))
-        self._age.set(_age_us(self._control_age_s()))
-
-
-class LeaseLine(Protocol):
-    """One account at a gateway; ``governance.budget.lines.Line``."""
-
-    account: str
-    hold_us: int
-    hold_tokens: int
-    open_us: int
-    open_tokens: int
-    limited_us: bool
-    limited_tokens: bool
-    state: AccountState | None
-
-
-class LeaseStats(Protocol):
-    """Figures of a lease book; ``governance.budget.leases.LeaseStats``."""
-
-    waiting: int
-    renewals: int
-    failures: int
-    renew_us: int
-
-
-class LeaseBook(Protocol):
-    """The leases of a gateway; ``governance.budget.leases.LeaseBook``."""
-
-    @property
-    def lines(self) -> Collection[LeaseLine]:
-        """Every account that has been asked for."""
-        ...
-
-    @property
-    def stats(self) -> LeaseStats:
-        """Figures as of now."""
-        ...
-
-    def age_s(self) -> float:
-        """Since the last answered renewal was sent; infinite before."""
-        ...
-
-
-class LeaseSource:
-    """Leases and accounts, as a gateway knows them.
-
-    Args:
-        registry: Where to note.
-        book: Its leases.
-        clock: Wall clock, microseconds.
-    """
-
-    def __init__(
-        self,
-        registry: Registry,
-        book: LeaseBook,
-        clock: Callable[[], int] = lambda: time.time_ns() // 1000,
-    ) -> None:
-        self._book = book
-        self._clock = clock
-        self._gpu = registry.gauge(names.LEASE)
-        self._tokens = registry.gauge(names.LEASE_TOKENS)
-        self._used = registry.gauge(names.BUDGET_USED)
-        self._reset = registry.gauge(names.BUDGET_RESET)
-        self._waiting = registry.gauge(names.LEASE_WAITING)
-        self._age = registry.gauge(names.LEDGER_AGE)
-        self._renew = registry.gauge(names.RENEW)
-        self._renewals = registry.counter(names.RENEWALS)
-        self._failures = registry.counter(names.RENEW_FAILURES)
-
-    def __call__(self) -> None:
-        """Take over."""
-        for gauge in (self._gpu, self._tokens, self._used, self._reset):
-            gauge.clear()
-        for line in self._book.lines:
-            for gauge, limited, hold, reserved in (
-                (self._gpu, line.limited_us, line.hold_us, line.open_us),
-                (self._tokens, line.limited_tokens, line.hold_tokens, line.open_tokens),
-            ):
-                if limited:
-                    gauge.set(hold, (line.account, "hold"))
-                    gauge.set(reserved, (line.account, "open"))
-                    gauge.set(max(0, hold - reserved), (line.account, "free"))
-            if line.state is not None:
-                self._note_account(line.state)
-        stats = self._book.stats
-        self._waiting.set(stats.waiting)
-        self._renew.set(stats.renew_us)
-        self._renewals.reach(stats.renewals)
-        self._failures.reach(stats.failures)
-        self._age.set(_age_us(self._book.age_s()))
-
-    def _note_account(self, account: AccountState) -> None:
-        for quantity, spent, limit in (
-            ("gpu", account.spent.gpu_us, account.limit_us),
-            ("tokens", account.spent.tokens, account.limit_tokens),
-        ):
-            if limit is not None:
-                used_milli = spent * 1000 // limit if limit else 1000
-                self._used.set(used_milli, (account.account, quantity))
-        self._reset.set(max(0, account.reset_us - self._clock()), (account.account,))
+        self._age.set(age_us(self._control_age_s()))
 
 
 class WalStats(Protocol):
@@ -208,7 +110,7 @@ class WalSource:
         now_s = self._monotonic()
         if not stats.queued or stats.syncs != self._moved[0]:
             self._moved = (stats.syncs, now_s)
-        self._lag.set(_age_us(now_s - self._moved[1]), labels)
+        self._lag.set(age_us(now_s - self._moved[1]), labels)
 
 
 class DiskSource:
@@ -306,6 +208,7 @@ class EngineSource:
         self._metering = registry.counter(names.METERING_TIME)
         self._failures = registry.counter(names.METER_FAILURES)
         self._failures.reach(0, (model,))
+        self._served = ServedCounts(registry, model)
 
     def __call__(self) -> None:
         """Take over."""
@@ -322,6 +225,7 @@ class EngineSource:
         self._time.reach(report.attributed_us, (self._model, "attributed"))
         self._time.reach(report.unattributed_us, (self._model, "unattributed"))
         self._time.reach(max(0, report.elapsed_us - busy_us), (self._model, "idle"))
+        self._served.take(report.rows)
 
     def not_taken(self, failures: int) -> None:
         """So many reports so far were not taken."""

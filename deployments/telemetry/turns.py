@@ -10,10 +10,11 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol
 
-from deployments.telemetry import names
+from deployments.telemetry import budget_names, names
 from deployments.telemetry.access import AccessLog
 from deployments.telemetry.registry import Buckets, Registry
 from deployments.telemetry.routing import RouteCounts
+from governance.errors import BudgetExhausted
 from governance.tracebacks import without_messages
 from governance.types import Amount, Turn
 
@@ -31,6 +32,11 @@ class Trace(Protocol):
     def ended(self, turn: Turn) -> None:
         """Send the trace of a turn."""
         ...
+
+
+def stopped(turn: Turn) -> bool:
+    """Whether an answer ended at the limit of a budget before it was complete."""
+    return turn.finish_reason == "length" and turn.error_code == BudgetExhausted.code
 
 
 class TurnObserver:
@@ -60,6 +66,7 @@ class TurnObserver:
         self._routes = RouteCounts(registry, self._models)
         self._gpu = registry.counter(names.GPU)
         self._charged = registry.counter(names.CHARGED)
+        self._stops = registry.counter(budget_names.STOPS)
         self._faults = registry.counter(names.FAULTS)
         self._whole = registry.histogram(names.REQUEST)
         self._first = registry.histogram(names.FIRST_CHUNK)
@@ -85,6 +92,7 @@ class TurnObserver:
         department = self._department(turn)
         outcome = turn.outcome.value if turn.outcome else NONE
         self._requests.add(1, (model, department, operation, outcome, str(turn.status)))
+        self._stops.add(int(stopped(turn)), (model, department))
         if turn.error_code is not None:
             self._refusals.add(1, (model, department, outcome, turn.error_code))
         series = self._stages.get((model, operation))
