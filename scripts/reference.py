@@ -40,12 +40,16 @@ OTHER_VARIABLES = (
     ("GATEHOUSE_RAY_TMP", "`gatehouse serve`: folder of Ray's sessions and their logs; "
      "`/tmp/gatehouse-<uid>` if unset. Keep it short: socket paths lie below it."),
     ("GATEHOUSE_DEBUG", "command line: any value shows the traceback of an unexpected failure"),
+    ("GATEHOUSE_ALERT_SECRET_FILE", "ledger, and `gatehouse budget alerts`: file with the secrets "
+     "that alerts to a webhook are signed with"),
     ("GATEHOUSE_PYTHON", "`make`: interpreter that `.venv` is made with"),
     ("TORCH_INDEX_URL", "`make`: package index that torch is taken from"),
     ("GATEHOUSE_METER_SOCKET", "set by an engine replica for its core: where it sends what it "
      "meters; not for operators"),
     ("GATEHOUSE_METER_ACCELERATOR", "set by an engine replica for its core: kind of device; not "
      "for operators"),
+    ("GATEHOUSE_FAIRNESS", "engines: `fair` if unset; `fcfs` is first come, first served, whatever "
+     "the class, for who wants to compare"),
     ("OMP_NUM_THREADS", "threads of a CPU engine; half the CPUs of the node if unset"),
     ("RAY_AUTH_MODE", "`token` makes Ray ask for a token; `gatehouse serve` sets it if unset"),
     ("RAY_AUTH_TOKEN_PATH", "file with that token; `gatehouse serve` draws one if unset"),

@@ -17,8 +17,9 @@ from deployments.api import models as models_api
 from deployments.api.admin import AdminApi
 from deployments.api.completions import BodyLimits, Exchange, Trace, read_body
 from deployments.api.envelope import error_response, new_id
-from deployments.api.schema import CHAT, COMPLETIONS, EMBEDDINGS, ERRORS, USAGE, USAGE_ANSWER
+from deployments.api.schema import CHAT, COMPLETIONS, EMBEDDINGS, ERRORS
 from deployments.api.usage import UsageApi
+from deployments.api.usage_schema import USAGE, USAGE_ANSWER
 from deployments.telemetry.traces import NoTracing
 from governance.errors import (
     GatehouseError,
@@ -144,11 +145,7 @@ def _add_usage(app: FastAPI, gateway: Gateway, usage: UsageApi) -> None:
     async def endpoint(request: Request) -> Response:
         """What is left of a department's budget."""
         principal = await gateway.authenticator.authenticate(request.headers.get("authorization"))
-        pairs = request.query_params.multi_items()
-        query = dict(pairs)
-        if len(query) < len(pairs):
-            raise InvalidRequest("A query parameter is given twice.")
-        return _json(await usage.usage(principal, query))
+        return _json(await usage.usage(principal, _query(request)))
 
     app.add_api_route(
         "/v1/usage",
@@ -172,9 +169,7 @@ def _add_admin(app: FastAPI, gateway: Gateway, routes: AdminRoutes, limits: Body
                 principal = await gateway.authenticator.authenticate(
                     request.headers.get("authorization")
                 )
-                body: Json = {}
-                if takes_body:
-                    body = _object(await read_body(request, limits))
+                body = _object(await read_body(request, limits)) if takes_body else _query(request)
                 return _json(await handler(principal, {**body, **request.path_params}))
 
             return endpoint
@@ -188,6 +183,14 @@ def _add_admin(app: FastAPI, gateway: Gateway, routes: AdminRoutes, limits: Body
             responses=ERRORS,
             openapi_extra={"security": [{"bearer": []}]},
         )
+
+
+def _query(request: Request) -> Json:
+    pairs = request.query_params.multi_items()
+    query: Json = dict(pairs)
+    if len(query) < len(pairs):
+        raise InvalidRequest("A query parameter is given twice.")
+    return query
 
 
 def _object(body: bytes) -> Json:

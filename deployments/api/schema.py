@@ -123,77 +123,6 @@ EMBEDDINGS = _body(
     ["model", "input"],
 )
 
-USAGE: Schema = {
-    "security": [{"bearer": []}],
-    "parameters": [
-        {
-            "name": "department",
-            "in": "query",
-            "required": False,
-            "description": "Department to show; left out, the caller's own. Another one needs the "
-            "permission budgets:read.",
-            "schema": {
-                "type": "string",
-                "minLength": 1,
-                "maxLength": 64,
-                "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$",
-            },
-        }
-    ],
-}
-
-
-def _counts(description: str, *, nullable: bool = False) -> Schema:
-    kind: Schema = {"type": ["integer", "null"] if nullable else "integer"}
-    return {
-        "type": "object",
-        "description": description,
-        "properties": {
-            "gpu_us": {**kind, "description": "Charged device-microseconds."},
-            "tokens": {**kind, "description": "Prompt and answer tokens."},
-        },
-        "required": ["gpu_us", "tokens"],
-        "additionalProperties": False,
-    }
-
-
-_ISO: Schema = {"type": "string", "format": "date-time"}
-_UNIX: Schema = {"type": "integer", "description": "Unix seconds."}
-_ACCOUNT: Schema = {
-    "object": {"const": "usage"},
-    "account": {"type": "string"},
-    "window": {"enum": ["hour", "day", "week", "month"]},
-    "start": _ISO,
-    "start_at": _UNIX,
-    "reset": {**_ISO, "description": "When the window ends and the count begins again."},
-    "reset_at": _UNIX,
-    "limit": _counts("Limits of the window; null is no limit.", nullable=True),
-    "spent": _counts("Charged in this window."),
-    "leased": _counts("Lent to gateways beyond what is spent."),
-    "open": _counts("Of what is lent, reserved by requests in flight."),
-    "remaining": _counts("Limit less spent and open; null is no limit.", nullable=True),
-    "overridden_until": {
-        "type": ["integer", "null"],
-        "description": "Unix seconds until which other limits than those of the file hold.",
-    },
-    "age_ms": {"type": "integer", "minimum": 0, "description": "Age of these figures."},
-}
-USAGE_ANSWER: dict[int | str, Schema] = {
-    200: {
-        "description": "The account.",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": _ACCOUNT,
-                    "required": list(_ACCOUNT),
-                    "additionalProperties": False,
-                }
-            }
-        },
-    }
-}
-
 ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -214,6 +143,24 @@ ERROR: Schema = {
                     "properties": {
                         "tokens": {"type": ["integer", "null"]},
                         "gpu_ms": {"type": ["integer", "null"]},
+                    },
+                },
+                "window": {"type": "string"},
+                "ran_out": {"enum": ["tokens", "gpu_ms"]},
+                "limit": {"type": "integer"},
+                "spent": {"type": "integer"},
+                "owner": {"type": ["string", "null"]},
+                "allowed": {
+                    "type": "object",
+                    "properties": {
+                        "answer_tokens": {"type": "integer"},
+                        "instead": {
+                            "type": ["object", "null"],
+                            "properties": {
+                                "model": {"type": "string"},
+                                "answer_tokens": {"type": "integer"},
+                            },
+                        },
                     },
                 },
             },

@@ -55,6 +55,7 @@ VIEWS: Final = (
     "v_refusals",
     "v_model_ops",
     "v_charges",
+    "v_usage",
     "v_spend_daily",
     "v_spend",
     "v_budget_burn",

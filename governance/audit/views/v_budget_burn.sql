@@ -1,5 +1,6 @@
 -- Question: How fast does each account burn its budget within the day, week and month?
--- Grain: one row per account and UTC hour in which requests of it ended.
+-- Grain: one row per account and UTC hour in which requests of it ended; a request counts at the
+-- account that was charged and at all above it, so that rows of one department do not add up.
 -- Units: charged_us weighted device-microseconds and tokens of that hour; day_*, week_*, month_*
 -- the same since the UTC day, week (from Monday) and month began, that hour included.
 CREATE VIEW v_budget_burn AS
@@ -7,10 +8,13 @@ WITH hourly AS (
     SELECT
         account,
         date_trunc('hour', ended_ts) AS hour,
-        coalesce(sum(charged_us), 0)::BIGINT AS charged_us,
+        sum(charged_us)::BIGINT AS charged_us,
         sum(tokens)::BIGINT AS tokens
-    FROM v_charges
-    WHERE account IS NOT NULL
+    FROM (
+        SELECT unnest(path) AS account, ended_ts, charged_us, tokens
+        FROM v_usage
+        WHERE account IS NOT NULL
+    )
     GROUP BY account, hour
 )
 
