@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve prove-meter prove-route retrain-router clean
+.PHONY: help serve install install-dev test test-fast lint fmt lock prove-serve prove-meter prove-route prove-budgets bench retrain-router clean
 
 help: ## this list
 	@grep -hE '^[a-zA-Z_%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ prove-meter: install-dev ## measure the goals of metering, ledger and audit, one
 
 prove-route: install-dev ## measure the goals of routing, one line each
 	@exec $(BIN)/python -m benchmarks.prove_route $(if $(TRACES),--data $(TRACES)) $(if $(WORK),--work $(WORK))
+
+prove-budgets: install-dev ## measure the goals of budgets and fairness, one line each
+	@exec $(BIN)/python -m benchmarks.prove_budgets $(if $(TRACES),--data $(TRACES))
+
+bench: install-dev ## the long versions: 10,000 schedules, 100 kills, more rounds on the engines
+	@exec $(BIN)/python -m benchmarks.prove_budgets --long --out benchmarks/results/prove_budgets_long.json $(if $(TRACES),--data $(TRACES))
 
 retrain-router: install-dev ## fit the scorer to your own outcomes, behind a gate; DATA=folder, OUT=folder
 	@exec $(BIN)/python -m routing.retrain --data $(or $(DATA),$(error give DATA=folder of outcome files)) --out $(or $(OUT),build/routing/scorer) $(ARGS)

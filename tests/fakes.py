@@ -42,6 +42,7 @@ def dispatch_of(
     request_id: str = "r-1",
     operation: Operation = Operation.CHAT,
     department: str = "hr",
+    account: str | None = None,
     affinity: str | None = None,
 ) -> Dispatch:
     """A request for ``FakeBackend``; ``body`` is its orders."""
@@ -55,6 +56,7 @@ def dispatch_of(
         body=raw,
         principal_key="principal",
         department=department,
+        account=department if account is None else account,
         priority=0,
         max_tokens=64,
         reservation_id="v-1",

@@ -111,7 +111,9 @@ def server() -> Iterator[Server]:
 class StillLedger:
     """Accounts in which nothing happens; these tests change no budgets."""
 
-    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
+    async def state(
+        self, account: str | None = None, users: bool = False
+    ) -> tuple[AccountState, ...]:
         now_us, nothing = time.time_ns() // 1000, Amount()
         hr = AccountState(
             account="hr",

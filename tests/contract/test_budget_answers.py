@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from governance.budget.messages import AccountState
 from governance.errors import BudgetExhausted, Shortage
-from governance.nulls import NullHold
+from governance.nulls import NullHold, NullLedger
 from governance.types import Amount, BudgetAsk, Reservation
 from tests.contract.conftest import Server
 
@@ -35,7 +35,7 @@ BUDGET_HEADERS = {
 }
 
 
-class ChargingLedger:
+class ChargingLedger(NullLedger):
     """One account; charges twice the device time, as for a heavier accelerator."""
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class ChargingLedger:
     async def reserve(self, ask: BudgetAsk) -> NullHold:
         if self.refuse:
             raise self.refuse
-        return ChargedHold(Reservation("rsv_gw_1", ask.department))
+        return ChargedHold(Reservation("rsv_gw_1", ask.account))
 
-    def usage(self, department: str) -> AccountState:
+    def usage(self, account: str) -> AccountState:
         return ACCOUNT
 
 
@@ -159,7 +159,21 @@ def test_without_budgets_there_are_no_headers(server: Server) -> None:
         ("/v1/usage", "marketing-intern", 403),
         ("/v1/usage", "forged", 401),
         ("/v1/usage?department=hr&department=data-science", "platform-admin", 400),
-        ("/v1/usage?account=hr", "platform-admin", 400),
+        ("/v1/usage?part=hr", "platform-admin", 400),
+        ("/v1/usage?account=hr", "platform-admin", 200),
+        ("/v1/usage?account=hr", "hr-analyst", 200),
+        ("/v1/usage?account=hr~someone", "hr-analyst", 403),
+        ("/v1/usage?account=data-science", "hr-analyst", 403),
+        ("/v1/usage?account=hr/a/b", "platform-admin", 400),
+        ("/v1/admin/budgets?users=true", "platform-admin", 200),
+        ("/v1/admin/budgets?users=true", "hr-analyst", 403),
+        ("/v1/admin/budgets?nonsense=1", "platform-admin", 400),
+        ("/v1/admin/budgets/hr/screening", "platform-admin", 404),
+        ("/v1/admin/budgets/hr%2Fscreening", "platform-admin", 404),
+        ("/v1/admin/budgets/hr~someone", "platform-admin", 404),
+        ("/v1/admin/budgets/hr~", "platform-admin", 400),
+        ("/v1/admin/budget-file", "hr-analyst", 403),
+        ("/v1/admin/budget-file", "platform-admin", 404),
         ("/v1/admin/budgets", "hr-analyst", 403),
         ("/v1/admin/budgets", "platform-admin", 200),
         ("/v1/admin/budgets/hr", "hr-analyst", 403),

@@ -9,9 +9,11 @@ import pytest
 from pydantic import BaseModel
 
 from deployments.api import accounts
-from deployments.api.schema import USAGE_ANSWER
-from deployments.api.usage import MAX_OVERRIDE_S
-from governance.budget.config import AccountConfig, BudgetsConfig, LeaseConfig, load_budgets
+from deployments.api.budget_models import MAX_OVERRIDE_S
+from deployments.api.schema import ERROR
+from deployments.api.usage_schema import ACCOUNT
+from governance.budget import config
+from governance.budget.config import Mode, PriorityClass, load_budgets
 from governance.budget.windows import WindowKind
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/budgets.md").read_text()
@@ -21,16 +23,41 @@ def test_the_example_loads(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     path = tmp_path / "budgets.yaml"
     path.write_text(block)
-    assert set(load_budgets(path).accounts) == {"hr", "marketing"}
+    loaded = load_budgets(path)
+    assert set(loaded.accounts) == {"hr", "marketing", "finance"}
+    assert {account.mode for account in loaded.accounts.values()} == set(Mode)
 
 
-@pytest.mark.parametrize("model", [BudgetsConfig, AccountConfig, LeaseConfig])
+MODELS = [
+    value
+    for value in vars(config).values()
+    if isinstance(value, type) and issubclass(value, config.Section) and value is not config.Section
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_key_is_explained(model: type[BaseModel]) -> None:
     assert not [field for field in model.model_fields if f"`{field}`" not in PAGE]
 
 
-def test_every_window_is_named() -> None:
-    assert not [kind for kind in WindowKind if f"`{kind.value}`" not in PAGE]
+def test_every_window_mode_and_class_is_named() -> None:
+    named = [*WindowKind, *Mode, *PriorityClass]
+    assert not [kind for kind in named if f"`{kind.value}`" not in PAGE]
+
+
+def test_every_field_of_a_refusal_is_named() -> None:
+    known = ERROR["properties"]["error"]["properties"]
+    ours = set(known) - {
+        "message",
+        "type",
+        "param",
+        "code",
+        "request_id",
+        "decision_id",
+        "rule_ids",
+    }
+    assert len(ours) > 5
+    assert not [field for field in ours if f"`{field}`" not in PAGE]
 
 
 def test_every_header_is_named() -> None:
@@ -40,9 +67,8 @@ def test_every_header_is_named() -> None:
 
 
 def test_every_amount_is_explained() -> None:
-    schema = USAGE_ANSWER[200]["content"]["application/json"]["schema"]["properties"]
-    amounts = [name for name, value in schema.items() if value.get("type") == "object"]
-    assert len(amounts) == 5
+    amounts = [name for name, value in ACCOUNT.items() if value.get("type") == "object"]
+    assert len(amounts) > 5
     assert not [name for name in (*amounts, "age_ms") if f"`{name}`" not in PAGE]
 
 

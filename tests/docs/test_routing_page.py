@@ -18,7 +18,7 @@ from governance.audit.sql_guard import check_select
 from governance.models_file import load_models
 from governance.types import ModelInfo, Operation
 from routing import cards
-from routing.reasons import Judgement, Reason
+from routing.reasons import Instead, Judgement, Reason
 from tests.docs.pages import ROOT, Block, blocks
 from tests.routed_trail import routed
 from tests.trail import Trail
@@ -162,6 +162,7 @@ def test_every_reason_is_named() -> None:
         begin, _, end = reason.rpartition(" ")
         siblings = {name for name in named if name.rpartition(" ")[0] == begin}
         assert reason.value in named or (siblings and end in spans), reason
+    assert {reason.value for reason in Instead} <= spans
     given_up = set(Judgement) - {Judgement.SURE, Judgement.LEARNING, Judgement.NO_EVIDENCE}
     assert not {word.value for word in given_up} - spans - {"unsure"}
 

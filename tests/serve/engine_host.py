@@ -41,7 +41,7 @@ class EngineHost:
         self.ledger_up = True
         self.backend.report_to(self._take_report)
 
-    async def _take_report(self, report: MeterReport) -> None:
+    async def _take_report(self, report: MeterReport, shard: int = 0) -> None:
         if not self.ledger_up:
             raise LedgerUnavailable
         self.reports.append(report)
@@ -88,6 +88,7 @@ class EngineHost:
             "reservation_id": f"v{next(self.numbers)}",
             "principal_key": "p",
             "department": "hr",
+            "account": "hr",
             "priority": 0,
             "max_tokens": 4096,
             "context_tokens": None,

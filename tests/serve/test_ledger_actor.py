@@ -14,11 +14,18 @@ from typing import Any
 import pytest
 import ray
 
-from deployments.ledger_actor import ACTOR_NAME, LedgerClient, get_or_start_ledger
+from deployments.ledger_actor import (
+    ACTOR_NAME,
+    LedgerClient,
+    actor_name,
+    get_or_start_ledger,
+)
 from deployments.ledger_budgets import Budgets
+from deployments.ledger_shards import LedgerShards
 from governance.budget.config import BudgetsConfig
 from governance.budget.leases import LeaseBook
 from governance.budget.messages import MeterReport, MeterRow
+from governance.budget.tree import Tree
 from governance.errors import (
     GatehouseError,
     InvalidRequest,
@@ -135,7 +142,7 @@ async def load(client: LedgerClient, namespace: str, tmp_path: Path) -> AsyncIte
     books = [
         LeaseBook(
             f"gw-{place}-{os.getpid()}-{now_us()}", each.renew, clock=now_us,
-            monotonic=time.monotonic,
+            monotonic=time.monotonic, tree=Tree(Budgets.load(budgets()).config),
         )
         for place, each in enumerate(clients)
     ]  # fmt: skip
@@ -246,7 +253,8 @@ async def test_errors_cross_the_actor_as_ours(client: LedgerClient) -> None:
         await client.clear_override("nowhere", BY)
     with pytest.raises(InvalidRequest, match="expires_us"):
         await client.set_override("hr", 5, None, 1, "x", BY)
-    book = LeaseBook("gw-e", client.renew, clock=now_us, monotonic=time.monotonic)
+    tree = Tree(Budgets.load(budgets()).config)
+    book = LeaseBook("gw-e", client.renew, clock=now_us, monotonic=time.monotonic, tree=tree)
     with pytest.raises(NoAccount):
         await book.reserve(BudgetAsk("r", "nowhere", "m", "m", Operation.CHAT, 10, 1, 1))
     await book.close()
@@ -280,3 +288,29 @@ async def test_two_who_start_it_get_the_same(namespace: str, tmp_path: Path) -> 
     )
     pids = [await handle.process_id.remote() for handle in pair]
     assert pids[0] == pids[1]
+
+
+async def test_two_ledgers_are_two_actors_with_a_database_each(
+    namespace: str, tmp_path: Path
+) -> None:
+    accounts = {name: {"window": "day", "tokens": 1000} for name in ("a", "b", "c", "d", "e")}
+    config = BudgetsConfig.model_validate({"accounts": accounts, "shards": 2})
+    dump, tree = Budgets(config, now_us()).dump(), Tree(config)
+    shards = LedgerShards(
+        lambda shard: LedgerClient(tmp_path, dump, namespace=namespace, shard=shard), tree
+    )
+    try:
+        await shards.ready()
+        assert {state.account for state in await shards.state()} == set(accounts)
+        assert {tree.shard(name) for name in accounts} == {0, 1}
+        states = [await shards.calls(shard).state() for shard in range(2)]
+        assert [{tree.shard(s.account) for s in each} for each in states] == [{0}, {1}]
+        await shards.apply({"accounts": accounts | {"a": {"tokens": 5}}, "shards": 2}, "x", BY)
+        (state,) = await shards.state("a")
+        assert state.limit_tokens == 5
+        budgets_of = [await shards.calls(shard).budgets() for shard in range(2)]
+        assert budgets_of[0] == budgets_of[1]
+        names = {path.name for path in (tmp_path / "ledger").glob("*.sqlite")}
+        assert names == {"ledger.sqlite", "ledger-1.sqlite"}
+    finally:
+        ray.kill(ray.get_actor(actor_name(1), namespace), no_restart=True)

@@ -77,7 +77,7 @@ def test_variables_are_asked_for_what_exists() -> None:
         metric, label = re.findall(r"\((\w+), (\w+)\)", VARIABLES[name]["definition"])[0]
         assert label == name
         assert label in EXPORTED[metric]
-    used = {v for _, expr in EXPRESSIONS for v in re.findall(r"\$(\w+)", expr)}
+    used = {v for _, expr in EXPRESSIONS for v in re.findall(r"\$([a-z_]\w*)", expr)}
     assert used - {"__rate_interval"} == {"model", "department"}
 
 

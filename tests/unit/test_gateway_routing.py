@@ -69,13 +69,15 @@ def rule(name: str, roles: Sequence[str], **more: Any) -> dict[str, Any]:
 
 POLICY = {
     "version": 1,
-    "roles": ["employee", "intern", "nobody", "curator", "clerk"],
+    "roles": ["employee", "intern", "nobody", "curator", "clerk", "flexible", "strict"],
     "departments": ["hr", "marketing"],
     "rules": [
         rule("all", ["employee"], limits={"max_tokens": 100}),
         rule("large-little", ["employee"], when={"models": ["large"]}, limits={"max_tokens": 50}),
         rule("interns", ["intern"], when={"models": ["tier:small"]}),
         rule("vectors", ["curator"], when={"models": ["vectors"]}),
+        rule("flexible", ["flexible"], on_exhaustion="small"),
+        rule("strict", ["strict"], when={"models": ["large"]}, on_exhaustion="refuse"),
         rule("narrow", ["clerk"], when={"models": ["tier:small"]}),
         rule("narrow-large", ["clerk"], when={"models": ["large"]}, limits={"context_tokens": 100}),
         rule(
@@ -102,7 +104,7 @@ class Choosing:
     async def route(self, ask: RouteAsk) -> Route:
         self.asks.append(ask)
         if not ask.auto:
-            return Route(ask.permitted[0], "named")
+            return Route(ask.permitted[0], "named", fallbacks=ask.stand_ins)
         models = {model.id: model for model in ask.permitted}
         first, *rest = [models[name] for name in self.order if name in models]
         draft = self.draft if first is SMALL else None
@@ -284,6 +286,8 @@ class Setup:
             "nobody": principal("nobody", "hr", ("nobody",)),
             "curator": principal("curator", "hr", ("curator",)),
             "clerk": principal("clerk", "hr", ("clerk",)),
+            "flexible": principal("flexible", "hr", ("flexible",)),
+            "strict": principal("strict", "hr", ("flexible", "strict")),
         }
         self.gateway = Gateway(
             models=models,
@@ -325,7 +329,7 @@ class Setup:
                 data += event.data
             elif isinstance(event, Answer):
                 data += event.tail
-        return "".join(choice["delta"]["content"] for choice in choices(data))
+        return "".join(choice["delta"].get("content", "") for choice in choices(data))
 
 
 def choices(data: bytes) -> list[Mapping[str, Any]]:

@@ -207,7 +207,7 @@ async def test_a_caller_that_went_away_changes_nothing_for_others(ledger: Ledger
 async def test_a_queue_that_is_full_refuses(
     ledger: LedgerService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.ledger_service.MAX_QUEUE", 3)
+    monkeypatch.setattr("deployments.ledger_batches.MAX_QUEUE", 3)
     answers = await asyncio.gather(
         *(ledger.renew(renewal(1, f"gw-{i}")) for i in range(20)), return_exceptions=True
     )

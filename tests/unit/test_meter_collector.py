@@ -29,7 +29,7 @@ CORE = b"core-one"
 def ticket(number: int = 1) -> Ticket:
     return Ticket(
         "gw-1", "small-lora", "chat", f"r-{number}", "d", f"v-{number}", "p", "hr", 0, 64, None, 0,
-        number.to_bytes(16, "big"), bytes(32),
+        number.to_bytes(16, "big"), bytes(32), account="hr/recruiting",
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class Ledger:
         self.reports: list[MeterReport] = []
         self.refused: list[MeterReport] = []
 
-    async def report(self, report: MeterReport) -> None:
+    async def report(self, report: MeterReport, shard: int = 0) -> None:
         await asyncio.sleep(0)
         if not self.up:
             self.refused.append(report)
@@ -296,7 +296,7 @@ async def test_a_report_says_who_and_how_much(meter: MeterCollector, core: Core)
     assert (report.busy_us, report.attributed_us, report.unattributed_us) == (10, 7, 3)
     (told,) = report.rows
     assert (told.reservation_id, told.request_id, told.gateway_id) == ("v-1", "r-1", "gw-1")
-    assert (told.account, told.model, told.base_model) == ("hr", "small-lora", "small")
+    assert (told.account, told.model, told.base_model) == ("hr/recruiting", "small-lora", "small")
     assert (told.gpu_us, told.prefill_us, told.decode_us) == (7, 5, 2)
     assert (told.prefill_tokens, told.cached_tokens) == (10, 3)
     assert (told.prompt_tokens, told.decode_tokens) == (13, 4)
@@ -536,11 +536,11 @@ class Strict(Ledger):
         self.bad = set(bad)
         self.error: type[GatehouseError] = InvalidRequest
 
-    async def report(self, report: MeterReport) -> None:
+    async def report(self, report: MeterReport, shard: int = 0) -> None:
         if self.bad & {row.reservation_id for row in report.rows}:
             self.refused.append(report)
             raise self.error("no")
-        await super().report(report)
+        await super().report(report, shard)
 
 
 @pytest.mark.parametrize("error", [InvalidRequest, InternalError])
@@ -583,7 +583,7 @@ async def test_an_answer_whose_row_is_rejected_runs_on(meter: MeterCollector, co
 
 async def test_a_report_that_is_rejected_without_rows_gives_none_up(meter: MeterCollector) -> None:
     class Never(Ledger):
-        async def report(self, report: MeterReport) -> None:
+        async def report(self, report: MeterReport, shard: int = 0) -> None:
             raise InternalError
 
     for number in range(5):

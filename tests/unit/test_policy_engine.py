@@ -119,7 +119,25 @@ def test_limits_and_priority_are_the_least_of_matching_allow_rules() -> None:
     assert decided.limits == Limits(max_tokens=50, parallel_requests=5, requests_per_minute=7)
     assert decided.priority_class == "batch"
     assert compiled.decide(principal(), LARGE, "chat").limits.max_tokens == 100
-    assert policy({}).decide(principal(), SMALL, "chat").priority_class == "standard"
+    assert policy({}).decide(principal(), SMALL, "chat").priority_class is None
+
+
+@pytest.mark.parametrize(
+    ("rules", "decided"),
+    [
+        ([], None),
+        (["small"], "small"),
+        (["refuse"], "refuse"),
+        (["small", "refuse"], "refuse"),
+        (["refuse", "small"], "refuse"),
+        ([None, "small", None], "small"),
+    ],
+)
+def test_a_further_rule_cannot_let_another_model_stand_in(
+    rules: list[str | None], decided: str | None
+) -> None:
+    compiled = policy({}, *({"on_exhaustion": each} for each in rules))
+    assert compiled.decide(principal(), LARGE, "chat").on_exhaustion == decided
 
 
 def test_the_limits_of_a_credential_come_before_every_rule() -> None:

@@ -77,6 +77,13 @@ def rule(line: str) -> str:
         ("{everyone: true, effect: block}", "everyone", "only an allow rule"),
         ("{effect: block, limits: {max_tokens: 5}}", "limits", "only an allow rule"),
         ("{effect: block, priority: batch}", "priority", "only an allow rule"),
+        ("{effect: block, on_exhaustion: small}", "on_exhaustion", "only an allow rule"),
+        ("{everyone: true, effect: allow, on_exhaustion: large}", "on_exhaustion", "'refuse'"),
+        (
+            "{everyone: true, when: {models: ['tier:small']}, effect: allow, on_exhaustion: small}",
+            "on_exhaustion",
+            "about no large model",
+        ),
         ("{everyone: true, effect: allow, message: x}", "message", "stops nobody"),
         ("{everyone: true, effect: allow, limits: {max_tokens: 0}}", "limits.max_tokens", "1"),
         (
@@ -253,6 +260,7 @@ def test_inline_tests_that_hold_are_accepted(tmp_path: Path) -> None:
     load(tmp_path, inline(rule="r", limits="{max_tokens: 9}"))
     load(tmp_path, inline(model="'tier:small'"))
     load(tmp_path, inline(principal="{department: hr}", expect="block"))
+    load(tmp_path, inline(on_exhaustion="refuse"))
     load(tmp_path, inline(principal="{roles: [intern], department: hr}", expect="block", rule="s"))
 
 
@@ -265,6 +273,7 @@ def test_inline_tests_that_hold_are_accepted(tmp_path: Path) -> None:
         ({"rule": "s"}, "expected rule s"),
         ({"limits": "{max_tokens: 8}"}, "expected max_tokens 8, got 9"),
         ({"limits": "{context_tokens: 8}"}, "expected context_tokens 8, got none"),
+        ({"on_exhaustion": "small"}, "expected on_exhaustion small, got refuse by r"),
         ({"model": "'tier:large'", "expect": "block"}, "any model of tier large"),
         ({"model": "nope"}, "not served"),
         ({"rule": "nope"}, "no rule 'nope'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from governance.routes import AutoRouting
 from governance.types import Amount, Attempt, ModelInfo, Operation, Route, RouteAsk, Turn
 from governance.yaml_config import ConfigError
 from routing.auto import Achieved
-from routing.reasons import Reason
+from routing.reasons import Instead, Reason
 from routing.types import ModelLoad
 from tests.doubles import principal
 
@@ -293,6 +294,17 @@ async def test_a_dead_deployment_leaves_the_default_tier(tmp_path: Path) -> None
 @pytest.mark.parametrize("reason", list(Reason))
 def test_each_reason_is_a_label(reason: Reason) -> None:
     assert reason_of(f"auto:large {reason}") == reason
+
+
+@pytest.mark.parametrize("reason", list(Instead))
+def test_what_stands_in_for_a_named_model_is_counted_by_its_reason(reason: Instead) -> None:
+    registry = Registry()
+    counts = RouteCounts(registry, ["small", "large"])
+    stood_in = turn(auto=False)
+    assert stood_in.route is not None
+    stood_in.route = replace(stood_in.route, reason=reason, instead_of="large")
+    counts.ended(stood_in, "hr")
+    assert registry.counter(names.ROUTES).totals == {("large", "hr", reason.value): 1}
 
 
 @pytest.mark.parametrize("reason", ["named", "", "auto:large", "auto:small what a client says"])

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from governance.budget.messages import AccountState, ModelPrice
+from governance.budget.messages import AccountState, ModelPrice, Tight
 from governance.request import parse_request, question
 from governance.routes import QUESTION_CHARS, AutoRouting, need_of, pressure_milli, scored_text
 from governance.types import Amount, InferenceRequest, ModelInfo, Operation, RouteAsk
@@ -21,6 +21,8 @@ GENERATE = frozenset({Operation.CHAT, Operation.COMPLETIONS})
 SMALL = ModelInfo("small", "small", GENERATE, 512, "small")
 LARGE = ModelInfo("large", "large", GENERATE, 1024, "large-base")
 DAY_US = 86_400_000_000
+HOUR_US = 3_600_000_000
+TOOL = {"type": "function", "function": {"name": "look"}}
 
 
 def chat(*messages: tuple[str, Any], **fields: Any) -> InferenceRequest:
@@ -88,6 +90,28 @@ async def test_a_named_model_is_taken_without_a_question() -> None:
     route = await routing(chooser).route(ask(chat(("user", "hi")), auto=False, permitted=(LARGE,)))
     assert (route.model, route.reason, route.auto) == (LARGE, "named", False)
     assert chooser.asks == []
+
+
+@pytest.mark.parametrize(
+    ("cards", "fields", "able"),
+    [
+        ((), {}, ["small"]),
+        ((ModelCard(id="small"),), {}, ["small"]),
+        ((ModelCard(id="small", tools=False),), {}, ["small"]),
+        ((ModelCard(id="small", tools=False),), {"tools": [TOOL]}, []),
+        ((ModelCard(id="small"),), {"max_tokens": 600}, []),
+        ((ModelCard(id="large", tools=False),), {"tools": [TOOL]}, ["small"]),
+    ],
+)
+async def test_a_stand_in_can_do_what_the_request_needs(
+    cards: tuple[ModelCard, ...], fields: dict[str, Any], able: list[str]
+) -> None:
+    chooser = Chooser(AutoChoice("small", "auto:small", (), None))
+    request = chat(("user", "hi"), **fields)
+    named = ask(request, auto=False, permitted=(LARGE,), stand_ins=(SMALL,))
+    route = await routing(chooser, *cards).route(named)
+    assert (route.model, route.reason, route.auto) == (LARGE, "named", False)
+    assert [model.id for model in route.fallbacks] == able
 
 
 async def test_what_the_router_is_told() -> None:
@@ -207,3 +231,24 @@ def test_pressure_is_use_against_pace(
     state: AccountState | None, now_us: int, expected: int
 ) -> None:
     assert pressure_milli(state, now_us) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "above", "expected"),
+    [
+        # Half of the day is gone; of the department's budget above, all but a tenth is used.
+        ({"limit_us": None}, ("hr", "day", DAY_US, 1000, 900), 1800),
+        ({"spent": Amount(100, 0)}, ("hr", "day", DAY_US, 1000, 900), 1800),
+        ({"spent": Amount(990, 0)}, ("hr", "day", DAY_US, 1000, 900), 1980),
+        # The hour ends in six minutes.
+        ({"limit_us": None}, ("hr@hour", "hour", DAY_US // 2 + HOUR_US // 10, 1000, 900), 1000),
+        # The account's own limit is counted once, from its own figures.
+        ({"spent": Amount(100, 0)}, ("hr/team", "day", DAY_US, 1000, 900), 200),
+        ({"limit_us": None}, ("hr", "day", DAY_US, 0, 900), 0),
+    ],
+)
+def test_pressure_comes_from_above_as_well(
+    own: dict[str, Any], above: tuple[str, str, int, int, int], expected: int
+) -> None:
+    state = account(account="hr/team", tight_us=Tight(*above, None), **own)
+    assert pressure_milli(state, DAY_US // 2) == expected

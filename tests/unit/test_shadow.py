@@ -51,6 +51,7 @@ from governance.types import (
     Principal,
     Reservation,
     Route,
+    Stop,
     Turn,
     Usage,
 )
@@ -118,7 +119,7 @@ class Ledger(NullLedger):
         self.asks.append(ask)
         if self.refuse:
             raise self.refuse
-        self.holds.append(Hold(ask.department, self.left))
+        self.holds.append(Hold(ask.account, self.left))
         return self.holds[-1]
 
 
@@ -272,7 +273,7 @@ async def test_the_run_is_a_request_of_its_own_in_the_books() -> None:
     assert turn.sent_bytes == 0, "nothing was released to anybody"
     assert rig.audit.outputs["req_1-shadow"].count(b"data: ") == 2
     (ask,) = rig.ledger.asks
-    assert (ask.department, ask.model, ask.max_tokens) == ("platform", "large", 40)
+    assert (ask.account, ask.model, ask.max_tokens) == ("platform", "large", 40)
     (hold,) = rig.ledger.holds
     assert hold.settled == [(Usage(3, 2), 3000)]
 
@@ -284,7 +285,7 @@ async def test_the_engine_serves_it_after_everybody_else_and_apart_from_other_de
     (dispatch,) = rig.engine.dispatched
     body = json.loads(dispatch.body)
     assert dispatch.priority == dispatching.PRIORITY["batch"] == body["priority"]
-    assert dispatch.department == "platform", "the meter reports to who pays"
+    assert (dispatch.department, dispatch.account) == ("platform", "platform"), "who pays"
     assert dispatch.principal_key == principal().key
     assert body["cache_salt"] == "hr"
     assert body["model"] == "large"
@@ -315,6 +316,7 @@ async def test_the_caller_needs_no_valid_token_but_the_right_to_use_the_model() 
         (ended(outcome=Outcome.ABORTED), "not_answered"),
         (ended(outcome=None), "not_answered"),
         (ended(superseded="cascade"), "not_answered"),
+        (ended(stopped=Stop("budget_exhausted")), "not_answered"),
         (ended(decided_event_id=None), "not_answered"),
         (ended(principal=None), "not_answered"),
         (ended(route=None), "not_answered"),

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.data_plane.backend import EngineLoad
 from deployments.telemetry import names
 from deployments.telemetry.registry import Registry
 from deployments.telemetry.sources import (
-    MAX_AGE_US,
     DiskSource,
     EngineSource,
     GatewaySource,
-    LeaseSource,
     SealSource,
     WalSource,
 )
-from governance.budget.leases import LeaseStats
-from governance.budget.lines import Line
-from governance.budget.messages import AccountState, MeterReport
-from governance.types import Amount
+from governance.budget.messages import MeterReport
 
 
 @dataclass
@@ -38,12 +33,6 @@ class Seal:
     records: int = 0
     faults_seen: int = 0
     lag_us: int = 0
-
-
-def account(spent: Amount, limit_us: int | None, limit_tokens: int | None) -> AccountState:
-    return AccountState(
-        "hr", "day", 0, 5_000_000, limit_us, limit_tokens, spent, Amount(), Amount(), None
-    )
 
 
 def test_a_log_that_does_not_move_lags_and_one_that_moves_does_not() -> None:
@@ -74,53 +63,6 @@ def test_a_refusal_of_the_log_is_seen_from_the_first_on() -> None:
     stats.refused = 1
     source()
     assert registry.counter(names.WAL_REFUSED).totals == {("ledger",): 1}
-
-
-@dataclass
-class Book:
-    lines: list[Line]
-    stats: LeaseStats = field(default_factory=LeaseStats)
-    since_s: float = 0.5
-
-    def age_s(self) -> float:
-        return self.since_s
-
-
-def test_leases_budgets_and_their_end() -> None:
-    registry = Registry()
-    line = Line("hr", hold_us=1000, open_us=300, hold_tokens=50, open_tokens=60)
-    line.state = account(Amount(950, 10), 1000, None)
-    book = Book([line], LeaseStats(renewals=3, failures=1, renew_us=900, waiting=2), float("inf"))
-    source = LeaseSource(registry, book, lambda: 2_000_000)
-    source()
-    gpu = registry.gauge(names.LEASE).levels
-    assert gpu == {("hr", "hold"): 1000, ("hr", "open"): 300, ("hr", "free"): 700}
-    assert registry.gauge(names.LEASE_TOKENS).levels["hr", "free"] == 0
-    assert registry.gauge(names.BUDGET_USED).levels == {("hr", "gpu"): 950}
-    assert registry.gauge(names.BUDGET_RESET).levels == {("hr",): 3_000_000}
-    assert registry.gauge(names.LEDGER_AGE).levels == {(): MAX_AGE_US}
-    assert registry.gauge(names.RENEW).levels == {(): 900}
-    assert registry.gauge(names.LEASE_WAITING).levels == {(): 2}
-    assert registry.counter(names.RENEW_FAILURES).totals == {(): 1}
-    book.lines = []
-    source()
-    assert not gpu, "a lease that is gone is not shown as held"
-
-
-def test_what_has_no_limit_shows_no_lease() -> None:
-    registry = Registry()
-    line = Line("hr", hold_us=1 << 60, limited_us=False, limited_tokens=False)
-    LeaseSource(registry, Book([line]))()
-    assert not registry.gauge(names.LEASE).levels
-    assert not registry.gauge(names.LEASE_TOKENS).levels
-
-
-def test_a_limit_of_nothing_is_used_up() -> None:
-    registry = Registry()
-    line = Line("hr")
-    line.state = account(Amount(), 0, None)
-    LeaseSource(registry, Book([line]))()
-    assert registry.gauge(names.BUDGET_USED).levels == {("hr", "gpu"): 1000}
 
 
 def test_device_time_adds_up_and_never_goes_back() -> None:

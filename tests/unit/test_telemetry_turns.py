@@ -16,8 +16,9 @@ import pytest
 from deployments.telemetry import names
 from deployments.telemetry.access import AccessLog
 from deployments.telemetry.export import Exporter
-from deployments.telemetry.names import METRICS, SPECS, Kind
+from deployments.telemetry.names import METRICS, SPECS
 from deployments.telemetry.registry import Registry
+from deployments.telemetry.spec import Kind, Spec
 from deployments.telemetry.turns import MAX_DEPARTMENTS, NONE, OTHER, TurnObserver
 from governance.types import (
     Amount,
@@ -239,7 +240,7 @@ def test_only_what_is_declared_can_be_had() -> None:
 
 
 @pytest.mark.parametrize("spec", METRICS, ids=lambda spec: spec.name)
-def test_declarations_are_well_formed(spec: names.Spec) -> None:
+def test_declarations_are_well_formed(spec: Spec) -> None:
     assert spec.name.startswith("gatehouse_")
     assert spec.name.endswith("_total") == (spec.kind is Kind.COUNTER)
     assert bool(spec.bounds) == (spec.kind is Kind.HISTOGRAM)

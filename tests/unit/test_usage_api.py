@@ -24,7 +24,10 @@ from deployments.api.accounts import (
 from deployments.api.assemble import with_field
 from deployments.api.envelope import answer_headers, error_body, error_response, turn_headers
 from deployments.api.usage import FRESH_S, MAX_OVERRIDE_S, USABLE_S, UsageApi
-from governance.budget.messages import AccountState
+from deployments.api.usage_schema import USAGE_ANSWER
+from governance.budget.config import BudgetsConfig
+from governance.budget.messages import AccountState, Tight
+from governance.budget.tree import Tree
 from governance.errors import (
     BudgetExhausted,
     InvalidRequest,
@@ -51,6 +54,8 @@ ROLES = {
 ADMIN = principal("admin", "platform", ("platform-admin",))
 OFFICER = principal("officer", "security", ("security-officer",))
 ANALYST = principal("analyst", "hr", ("analyst",))
+MOVE = {"source": "hr", "target": "platform", "gpu_us": 5, "tokens": 0, "reason": "fair"}
+FILE = {"accounts": {"hr": {"window": "day", "gpu_seconds": 60}}}
 SET = {"account": "hr", "gpu_us": 1, "expires_in_s": 3600, "reason": "quarter end"}
 
 
@@ -64,9 +69,15 @@ class FakeLedger:
     gate: asyncio.Event | None = None
     changes: list[tuple[Any, ...]] = field(default_factory=list)
 
-    async def state(self, account: str | None = None) -> tuple[AccountState, ...]:
+    async def state(
+        self, account: str | None = None, users: bool = False
+    ) -> tuple[AccountState, ...]:
         self.asked += 1
-        answer = tuple(a for a in self.accounts.values() if account in (None, a.account))
+        answer = tuple(
+            a
+            for a in self.accounts.values()
+            if account == a.account or (account is None and (users or "~" not in a.account))
+        )
         if account == "new":
             answer = (replace(HR, account="new"),)
         if self.gate is not None:
@@ -91,6 +102,19 @@ class FakeLedger:
         self._known(account)
         self.changes.append((account, by))
         return self.accounts[account]
+
+    async def transfer(self, *args: Any) -> tuple[AccountState, AccountState]:
+        source, target = args[:2]
+        self._known(source)
+        self._known(target)
+        if source == target:
+            raise InvalidRequest("source and target are the same account")
+        self.changes.append(args)
+        return self.accounts[source], replace(self.accounts[target], moved=Amount(*args[2:4]))
+
+    async def apply(self, *args: Any) -> str:
+        self.changes.append(args)
+        return BudgetsConfig.model_validate(args[0]).digest
 
     def _known(self, account: str) -> None:
         if account not in self.accounts:
@@ -124,6 +148,36 @@ def api(ledger: FakeLedger, clock: Clock) -> UsageApi:
     return UsageApi(ledger, authorize, lambda: NOW_US, clock)
 
 
+TREE = Tree(
+    BudgetsConfig.model_validate(
+        {
+            "accounts": {
+                "hr": {
+                    "window": "day",
+                    "gpu_seconds": 60,
+                    "also": [{"window": "hour", "gpu_seconds": 10}],
+                    "per_user": {"window": "day", "gpu_seconds": 20},
+                    "parts": {
+                        "screening": {
+                            "match": {"roles": ["screener"]}, "window": "day", "gpu_seconds": 30,
+                        }
+                    },
+                },
+                "platform": {"window": "day", "gpu_seconds": 60},
+            }
+        }
+    )
+)  # fmt: skip
+
+
+@pytest.fixture
+def tree_api(ledger: FakeLedger, clock: Clock) -> UsageApi:
+    """With the accounts of a file: parts, further windows, users."""
+    names = ("hr@hour", "hr/screening", f"hr~{ANALYST.key}", "hr~somebody-else")
+    ledger.accounts |= {name: replace(HR, account=name, parent="hr") for name in names}
+    return UsageApi(ledger, authorize, lambda: NOW_US, clock, lambda: TREE)
+
+
 # What must be refused
 
 
@@ -143,12 +197,19 @@ async def test_another_departments_account_needs_a_permission(api: UsageApi) -> 
         ("get_account", {"account": "hr"}, [ADMIN, OFFICER]),
         ("set_override", SET, [ADMIN]),
         ("clear_override", {"account": "hr"}, [ADMIN]),
+        ("transfer", MOVE, [ADMIN]),
+        ("apply", {"budgets": FILE, "reason": "less"}, [ADMIN]),
+        ("get_file", {}, [ADMIN, OFFICER]),
     ],
 )
 async def test_every_handler_asks_for_its_permission_first(
-    api: UsageApi, ledger: FakeLedger, handler: str, body: dict[str, Any], allowed: list[Principal]
+    tree_api: UsageApi,
+    ledger: FakeLedger,
+    handler: str,
+    body: dict[str, Any],
+    allowed: list[Principal],
 ) -> None:
-    call = getattr(api, handler)
+    call = getattr(tree_api, handler)
     for who in (ADMIN, OFFICER, ANALYST):
         if who in allowed:
             await call(who, body)
@@ -167,6 +228,10 @@ async def test_a_service_key_changes_no_budget(api: UsageApi, ledger: FakeLedger
         await api.set_override(key, SET)
     with pytest.raises(NotPermitted, match="service key"):
         await api.clear_override(key, {"account": "hr"})
+    with pytest.raises(NotPermitted, match="service key"):
+        await api.transfer(key, MOVE)
+    with pytest.raises(NotPermitted, match="service key"):
+        await api.apply(key, {"budgets": FILE, "reason": "less", "dry_run": True})
     assert ledger.changes == []
     assert (await api.get_account(key, {"account": "hr"}))["account"] == "hr"
     await api.set_override(replace(ADMIN, kind=PrincipalKind.SERVICE), SET)
@@ -222,7 +287,7 @@ async def test_unknown_accounts_and_fields(api: UsageApi) -> None:
     with pytest.raises(NoAccount):
         await api.usage(OFFICER, {})
     with pytest.raises(UnsupportedField):
-        await api.usage(ANALYST, {"account": "hr"})
+        await api.usage(ANALYST, {"part": "hr"})
     for wrong in ("*", "", "a b", "hr'--", "x" * 65):
         with pytest.raises(InvalidRequest):
             await api.usage(ADMIN, {"department": wrong})
@@ -231,28 +296,182 @@ async def test_unknown_accounts_and_fields(api: UsageApi) -> None:
 # What is shown
 
 
+SHOWN = {
+    "object": "usage",
+    "account": "hr",
+    "parent": None,
+    "cohort": None,
+    "owner": None,
+    "mode": "hard",
+    "class": "standard",
+    "weight_milli": 1000,
+    "window": "day",
+    "start": "2027-01-15T07:00:00Z",
+    "start_at": NOW_US // 1_000_000 - 3600,
+    "reset": "2027-01-15T08:06:00Z",
+    "reset_at": NOW_US // 1_000_000 + 360,
+    "limit": {"gpu_us": 60_000_000, "tokens": 10_000},
+    "spent": {"gpu_us": 20_000_500, "tokens": 4_000},
+    "leased": {"gpu_us": 9_000_000, "tokens": 900},
+    "open": {"gpu_us": 1_000_000, "tokens": 100},
+    "remaining": {"gpu_us": 38_999_500, "tokens": 5_900},
+    "available": {"gpu_us": 38_999_500, "tokens": 5_900},
+    "moved": {"gpu_us": 0, "tokens": 0},
+    "overdraft": {"gpu_us": 0, "tokens": 0},
+    "borrow": {"gpu_us": 0, "tokens": 0},
+    "borrowed": {"gpu_us": 0, "tokens": 0},
+    "lend": {"gpu_us": 0, "tokens": 0},
+    "lent": {"gpu_us": 0, "tokens": 0},
+    "total": {"gpu_us": 0, "tokens": 0},
+    "limited_by": {"gpu_us": None, "tokens": None},
+    "exhausted": False,
+    "overridden_until": None,
+    "age_ms": 0,
+}
+
+
 async def test_an_account_as_json(api: UsageApi) -> None:
     shown = await api.usage(ANALYST, {})
-    assert shown == {
-        "object": "usage",
-        "account": "hr",
-        "window": "day",
-        "start": "2027-01-15T07:00:00Z",
-        "start_at": NOW_US // 1_000_000 - 3600,
-        "reset": "2027-01-15T08:06:00Z",
-        "reset_at": NOW_US // 1_000_000 + 360,
-        "limit": {"gpu_us": 60_000_000, "tokens": 10_000},
-        "spent": {"gpu_us": 20_000_500, "tokens": 4_000},
-        "leased": {"gpu_us": 9_000_000, "tokens": 900},
-        "open": {"gpu_us": 1_000_000, "tokens": 100},
-        "remaining": {"gpu_us": 38_999_500, "tokens": 5_900},
-        "overridden_until": None,
-        "age_ms": 0,
-    }
+    assert shown == {**SHOWN, "accounts": []}
+    assert list(shown) == list(
+        USAGE_ANSWER[200]["content"]["application/json"]["schema"]["properties"]
+    )
     json.dumps(shown)
     assert account_object(UNLIMITED, 5)["remaining"] == {"gpu_us": None, "tokens": None}
     overspent = replace(HR, spent=Amount(61_000_000, 10_001))
     assert account_object(overspent, 5)["remaining"] == {"gpu_us": 0, "tokens": 0}
+
+
+async def test_what_a_path_and_a_cohort_leave(api: UsageApi) -> None:
+    tight = Tight("hr", "day", NOW_US + 1, 60_000_000, 20_000_500, "budgets-hr@example.com")
+    lender = replace(
+        HR, cohort="business", lend=Amount(30_000_000, 0), reach_us=9_999_500, tight_us=tight,
+        over=True,
+    )  # fmt: skip
+    shown = account_object(lender, 0)
+    assert shown["remaining"]["gpu_us"] == 38_999_500
+    assert shown["available"] == {"gpu_us": 9_999_500, "tokens": 5_900}
+    assert shown["lent"] == {"gpu_us": 29_000_000, "tokens": 0}
+    assert shown["limited_by"]["gpu_us"] == {
+        "account": "hr",
+        "window": "day",
+        "reset_at": NOW_US // 1_000_000 + 1,
+        "limit": 60_000_000,
+        "spent": 20_000_500,
+        "owner": "budgets-hr@example.com",
+    }
+    assert shown["exhausted"]
+    above = replace(lender, account="hr/screening", parent="hr", cohort=None)
+    assert account_object(above, 0)["lent"]["gpu_us"] == 0, "what the department lacks is not lent"
+
+
+# Parts, users and further windows
+
+
+async def test_a_caller_sees_what_its_requests_are_charged_to(tree_api: UsageApi) -> None:
+    shown = await tree_api.usage(ANALYST, {})
+    own = [each["account"] for each in shown["accounts"]]
+    assert (shown["account"], own) == ("hr", [f"hr~{ANALYST.key}", "hr@hour"])
+    for account in (*own, "hr"):
+        assert (await tree_api.usage(ANALYST, {"account": account}))["account"] == account
+    screener = principal("screener", "hr", ("screener",))
+    shown = await tree_api.usage(screener, {})
+    assert [each["account"] for each in shown["accounts"]] == ["hr/screening", "hr@hour"]
+
+
+@pytest.mark.parametrize("account", ["hr~somebody-else", "hr/screening", "platform", "nowhere"])
+async def test_a_caller_sees_nobody_elses(tree_api: UsageApi, account: str) -> None:
+    with pytest.raises(NotPermitted):
+        await tree_api.usage(ANALYST, {"account": account})
+    with pytest.raises(InvalidRequest):
+        await tree_api.usage(ANALYST, {"account": account, "department": "hr"})
+
+
+async def test_an_administrator_sees_all(tree_api: UsageApi) -> None:
+    listed = await tree_api.list_accounts(OFFICER, {})
+    assert not [each for each in listed["data"] if "~" in each["account"]]
+    listed = await tree_api.list_accounts(OFFICER, {"users": "true"})
+    assert {"hr~somebody-else", "hr@hour", "hr/screening"} <= {a["account"] for a in listed["data"]}
+    for account in ("hr~somebody-else", "hr/screening", "hr@hour"):
+        assert (await tree_api.get_account(OFFICER, {"account": account}))["account"] == account
+    shown = await tree_api.usage(OFFICER, {"department": "hr"})
+    assert [each["account"] for each in shown["accounts"]] == ["hr@hour", "hr/screening"]
+    with pytest.raises(InvalidRequest):
+        await tree_api.list_accounts(OFFICER, {"users": "yes"})
+
+
+async def test_a_department_whose_file_is_older_is_shown_without_it(
+    tree_api: UsageApi, ledger: FakeLedger
+) -> None:
+    del ledger.accounts["hr@hour"]
+    shown = await tree_api.usage(ANALYST, {})
+    assert [each["account"] for each in shown["accounts"]] == [f"hr~{ANALYST.key}"]
+
+
+# Transfers and files
+
+
+async def test_a_transfer(api: UsageApi, ledger: FakeLedger) -> None:
+    moved = await api.transfer(ADMIN, MOVE)
+    assert ledger.changes == [("hr", "platform", 5, 0, "fair", ADMIN.key)]
+    assert (moved["source"]["account"], moved["target"]["moved"]["gpu_us"]) == ("hr", 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpu_us": 0}, {"gpu_us": -1}, {"gpu_us": "5"}, {"gpu_us": 10**16}, {"tokens": 1.5},
+        {"reason": ""}, {"source": "hr/"}, {"source": "a//b"}, {"target": "hr~"}, {"by": "x"},
+        {"target": "hr"},
+    ],
+)  # fmt: skip
+async def test_wrong_transfers_move_nothing(
+    api: UsageApi, ledger: FakeLedger, change: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        await api.transfer(ADMIN, {**MOVE, **change})
+    assert ledger.changes == []
+
+
+async def test_a_file_is_checked_and_taken_up(tree_api: UsageApi, ledger: FakeLedger) -> None:
+    shown = await tree_api.get_file(OFFICER, {})
+    assert BudgetsConfig.model_validate(shown["budgets"]).digest == shown["digest"]
+    dry = await tree_api.apply(ADMIN, {"budgets": FILE, "reason": "less", "dry_run": True})
+    assert (dry["changed"], ledger.changes) == (False, [])
+    done = await tree_api.apply(ADMIN, {"budgets": FILE, "reason": "less"})
+    assert done["changed"]
+    assert done["digest"] == dry["digest"] != shown["digest"]
+    ((data, reason, by),) = ledger.changes
+    assert (BudgetsConfig.model_validate(data).digest, reason, by) == (
+        done["digest"], "less", ADMIN.key,
+    )  # fmt: skip
+    again = {"budgets": shown["budgets"], "reason": "as it is"}
+    assert not (await tree_api.apply(ADMIN, again))["changed"]
+    asked = ledger.asked
+    await tree_api.list_accounts(OFFICER, {})
+    assert ledger.asked == asked + 1, "figures from before the file are not shown"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "said"),
+    [
+        ({"accounts": {"hr": {"window": "fortnight", "gpu_seconds": 1}}}, "accounts.hr.window"),
+        ({}, "no accounts"),
+        (
+            {
+                "organisation": {"window": "day", "gpu_seconds": 50},
+                "accounts": {"hr": {"window": "day", "gpu_seconds": 60}},
+            },
+            "60 gpu_seconds",
+        ),
+    ],
+)
+async def test_a_file_that_does_not_add_up_is_refused_with_the_reason(
+    api: UsageApi, ledger: FakeLedger, budgets: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        await api.apply(ADMIN, {"budgets": budgets, "reason": "more"})
+    assert ledger.changes == []
 
 
 async def test_an_account_that_nobody_used_yet(api: UsageApi) -> None:
@@ -283,9 +502,12 @@ async def test_routes_reach_every_handler(api: UsageApi) -> None:
     routes = {(method, path): takes for method, path, _, takes in api.routes()}
     assert routes == {
         ("GET", "/v1/admin/budgets"): False,
-        ("GET", "/v1/admin/budgets/{account}"): False,
-        ("PUT", "/v1/admin/budgets/{account}"): True,
-        ("DELETE", "/v1/admin/budgets/{account}"): False,
+        ("POST", "/v1/admin/budgets/transfer"): True,
+        ("POST", "/v1/admin/budgets/apply"): True,
+        ("GET", "/v1/admin/budget-file"): False,
+        ("GET", "/v1/admin/budgets/{account:path}"): False,
+        ("PUT", "/v1/admin/budgets/{account:path}"): True,
+        ("DELETE", "/v1/admin/budgets/{account:path}"): False,
     }
 
 
