@@ -180,6 +180,8 @@ class ModelConfig(Section):
             "pipeline_parallel_size",
             "enable_lora",
             "lora_modules",
+            # With fewer than there are, a prompt that pauses would come back as one too many.
+            "max_loras",
             "max_lora_rank",
             # The meter's.
             "scheduler_cls",

@@ -80,7 +80,8 @@ class Budgets:
 
     def applied(self, config: BudgetsConfig, now_us: int) -> Budgets:
         """The same build with another file."""
-        return replace(self, config=config, built_us=now_us)
+        # Not before the build: its clock may be ahead, and it must not undo what was applied.
+        return replace(self, config=config, built_us=max(now_us, self.built_us + 1))
 
     def weighed(self, reply: RenewReply) -> RenewReply:
         """A reply with the weights of this build, also for models that nothing is known of."""

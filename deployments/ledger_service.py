@@ -316,7 +316,7 @@ class LedgerService:
             try:
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(self._thread, self._take_up, new, by, reason)
-            except LedgerStoreError as error:
+            except (LedgerStoreError, ValueError) as error:
                 raise InvalidRequest(f"The budgets are not taken up. {error}") from None
             except (OSError, sqlite3.Error) as error:
                 log.error("budgets not taken up: %s", type(error).__name__)
@@ -350,6 +350,8 @@ class LedgerService:
             return
         held = self._ledger.config
         check_homes(held, new.config)
+        if by is not None:
+            self._ledger.check_file(new.config)
         # Kept first: after a crash in between the ledger is opened with what is kept, and says so.
         new.write(self._kept)
         self._ledger.apply(new.config, by, reason)

@@ -54,6 +54,8 @@ class Floors:
         """Whether floors hold in this step."""
         self._reserved = False
         """Whether this step is for critical prompts."""
+        self._prompts: list[str] = []
+        """Critical requests whose prompts are waited for."""
         self._paused = 0
         """Requests that are kept out of the step."""
         self._taken = (0, 0)
@@ -72,6 +74,7 @@ class Floors:
             self._urgent_us = now_us
         self._kept = now_us - self._urgent_us <= self._settings.critical_seen_us
         prompts = [r for r in self.urgent.values() if _computes_prompt(r)]
+        self._prompts = [request.request_id for request in prompts]
         self._held, self._taken = False, (0, 0)
         self._reserved = bool(prompts) and self._scheduler.current_step >= self._no_pause_until
         paused: list[Request] = []
@@ -92,7 +95,7 @@ class Floors:
             scheduled: Ids of who is in it.
         """
         self._paused = 0
-        if self._reserved and self._held and not any(name in scheduled for name in self.urgent):
+        if self._reserved and self._held and not any(name in scheduled for name in self._prompts):
             self._no_pause_until = self._scheduler.current_step + NO_PAUSE_STEPS
         self._reserved = False
 

@@ -437,15 +437,33 @@ class BudgetLedger:
                 f"shards is {self.config.shards} here and cannot be changed while ledgers run:"
                 " stop the platform, move the state away, and start with the new file"
             )
+        if by is not None:
+            self.check_file(config)
+        held = self.tree
+        try:
+            return self._apply(config, by, reason)
+        except BaseException:
+            # What is not on disk does not hold: memory is read again by the file before.
+            self.tree = held
+            raise
+
+    def check_file(self, config: BudgetsConfig) -> None:
+        """Whether a file leaves every account as much as was moved out of it; changes nothing.
+
+        Raises:
+            ValueError: It does not.
+        """
+        tree = Tree(config)
+        with self.batch():
+            for account in self._books.state.accounts.values():
+                _check_left(tree.node(account.name), account.moved)
+
+    def _apply(self, config: BudgetsConfig, by: str | None, reason: str | None) -> bool:
         with self.batch():
             before = self.config.digest
             if config.digest == before:
                 return False
-            tree = Tree(config)
-            if by is not None:
-                for account in self._books.state.accounts.values():
-                    _check_left(tree.node(account.name), account.moved)
-            self.tree = tree
+            self.tree = Tree(config)
             self._books.use(self.tree)
             self._books.changes.settings["budgets_digest"] = config.digest
             loaded = events.budgets_loaded(config.digest, before, self._clock(), by, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -470,6 +471,24 @@ def test_a_lower_limit_keeps_what_runs(open_desk: Open) -> None:
     desk.ledger.apply(BudgetsConfig.model_validate(hr(tokens=100)))
     reply = desk.renew("g1", account="hr", open=300, cushion=500)
     assert reply.leases[0].hold.tokens == 300
+
+
+def test_a_file_that_could_not_be_stored_does_not_hold(
+    open_desk: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = open_desk(hr())
+    new = BudgetsConfig.model_validate(hr(tokens=5000))
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.ledger._store, "save", full)
+        with pytest.raises(sqlite3.OperationalError):
+            desk.ledger.apply(new, "who", "more")
+    assert state(desk, "hr").limit_tokens == 1000
+    assert desk.ledger.apply(new, "who", "more")
+    assert [e["subject_key"] for e in desk.events(EventType.BUDGETS_LOADED)] == [None, "who"]
 
 
 def test_the_number_of_ledgers_cannot_change_under_way(open_desk: Open) -> None:
